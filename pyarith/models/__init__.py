@@ -1,0 +1,1 @@
+"""Model families as data, and the modules and weights of a model that a family names."""

@@ -1,0 +1,102 @@
+"""The families that pyarith supports. Adding one is adding a row here and one in tests/tiny_models.py."""
+
+from __future__ import annotations
+
+from pyarith.errors import check
+from pyarith.models.spec import FamilySpec, MlpSpec
+
+
+def _gated(class_name: str, act: str = "act_fn") -> MlpSpec:
+    return MlpSpec(class_name=class_name, gate="gate_proj", up="up_proj", down="down_proj", act=act)
+
+
+FAMILIES: dict[str, FamilySpec] = {}
+
+
+def register_family(spec: FamilySpec) -> FamilySpec:
+    """Add a family (also from outside pyarith).
+
+    Raises:
+        InputError: a family of that name is registered already.
+    """
+    check(spec.name not in FAMILIES, f"family: {spec.name!r} is registered already")
+    FAMILIES[spec.name] = spec
+    return spec
+
+
+for _spec in (
+    FamilySpec(
+        name="llama",
+        model_class="LlamaForCausalLM",
+        norm="rms",
+        norm_class="LlamaRMSNorm",
+        mlp_spec=_gated("LlamaMLP"),
+    ),
+    FamilySpec(
+        name="mistral",
+        model_class="MistralForCausalLM",
+        norm="rms",
+        norm_class="MistralRMSNorm",
+        mlp_spec=_gated("MistralMLP"),
+    ),
+    FamilySpec(
+        name="qwen2",
+        model_class="Qwen2ForCausalLM",
+        norm="rms",
+        norm_class="Qwen2RMSNorm",
+        mlp_spec=_gated("Qwen2MLP"),
+        masks_by_layer_type=True,
+    ),
+    FamilySpec(
+        name="qwen3",
+        model_class="Qwen3ForCausalLM",
+        norm="rms",
+        norm_class="Qwen3RMSNorm",
+        mlp_spec=_gated("Qwen3MLP"),
+        masks_by_layer_type=True,
+    ),
+    FamilySpec(
+        name="gemma2",
+        model_class="Gemma2ForCausalLM",
+        attn_post_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        norm="rms1p",
+        norm_class="Gemma2RMSNorm",
+        mlp_spec=_gated("Gemma2MLP"),
+        softcap="final_logit_softcapping",
+        masks_by_layer_type=True,
+    ),
+    FamilySpec(
+        name="phi3",
+        model_class="Phi3ForCausalLM",
+        norm="rms",
+        norm_class="Phi3RMSNorm",
+        mlp_spec=MlpSpec(class_name="Phi3MLP", gate_up="gate_up_proj", down="down_proj", act="activation_fn"),
+    ),
+    FamilySpec(
+        name="gpt2",
+        model_class="GPT2LMHeadModel",
+        decoder="transformer",
+        blocks="h",
+        final_norm="ln_f",
+        o_proj="attn.c_proj",
+        mlp_norm="ln_2",
+        norm="layer",
+        norm_class="LayerNorm",
+        mlp_spec=MlpSpec(class_name="GPT2MLP", up="c_fc", down="c_proj", act="act"),
+        refuse_if=(("add_cross_attention", "cross-attention writes to the residual stream are not described"),),
+    ),
+    FamilySpec(
+        name="gpt_neox",
+        model_class="GPTNeoXForCausalLM",
+        decoder="gpt_neox",
+        final_norm="final_layer_norm",
+        o_proj="attention.dense",
+        norm="layer",
+        norm_class="LayerNorm",
+        mlp_spec=MlpSpec(class_name="GPTNeoXMLP", up="dense_h_to_4h", down="dense_4h_to_h", act="act"),
+        parallel="use_parallel_residual",
+    ),
+):
+    register_family(_spec)

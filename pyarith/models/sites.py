@@ -1,0 +1,210 @@
+"""From a model to the modules that its family names, or a refusal that says why not.
+
+Nothing here changes the model: modules are looked up, shapes and types compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyarith.errors import InputTypeError, UnsupportedModelError, check
+from pyarith.models.families import FAMILIES
+from pyarith.models.spec import FamilySpec
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """Modules of one decoder block."""
+
+    block: nn.Module
+    o_proj: nn.Module
+    attn_post_norm: nn.Module | None
+    mlp_norm: nn.Module
+    mlp: nn.Module
+    mlp_post_norm: nn.Module | None
+
+    @property
+    def attn_write(self) -> nn.Module:
+        """The module whose output attention adds to the residual stream."""
+        return self.attn_post_norm if self.attn_post_norm is not None else self.o_proj
+
+    @property
+    def mlp_write(self) -> nn.Module:
+        """The module whose output the MLP adds to the residual stream."""
+        return self.mlp_post_norm if self.mlp_post_norm is not None else self.mlp
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """A supported model: its family, sizes and the modules that the engine needs.
+
+    ``d_head`` comes from the config where the config gives it; ``windows[layer]`` is the sliding
+    window of a layer in tokens, or None.
+    """
+
+    model: nn.Module
+    spec: FamilySpec
+    decoder: nn.Module
+    blocks: tuple[BlockSites, ...]
+    final_norm: nn.Module
+    unembed: nn.Module
+    parallel: bool
+    softcap: float
+    n_heads: int
+    d_head: int
+    d_model: int
+    d_vocab: int
+    windows: tuple[int | None, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Dtype of residual rows: fp32, or fp64 for fp64 models."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def supported_families() -> str:
+    return ", ".join(sorted(FAMILIES))
+
+
+def resolve(model: Any) -> ModelSites:
+    """Find the sites of ``model``.
+
+    Raises:
+        InputTypeError: not a Hugging Face causal language model at all.
+        UnsupportedModelError: a family that is not described, or a model that is wrapped, quantised,
+            on the meta device or spread over devices; the message names the reason.
+    """
+    check(
+        isinstance(model, nn.Module),
+        f"model: expected a Hugging Face causal language model (a torch module), got {type(model).__name__}; "
+        "load one with transformers.AutoModelForCausalLM.from_pretrained",
+        InputTypeError,
+    )
+    config = getattr(model, "config", None)
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            "model: PEFT adapters are not supported yet; merge them first (model.merge_and_unload()) and pass the result"
+        )
+    check(
+        hasattr(config, "model_type"),
+        f"model: expected a Hugging Face model with a config, got {type(model).__name__}",
+        InputTypeError,
+    )
+    spec = FAMILIES.get(config.model_type)
+    if spec is None or type(model).__name__ != spec.model_class:
+        expected = f"class {spec.model_class}" if spec else f"one of the families {supported_families()}"
+        raise UnsupportedModelError(
+            f"model: expected {expected}, got {type(model).__name__} of family {config.model_type!r}. Supported are "
+            f"causal language models of {supported_families()}. Encoders and vision models have no END logit to "
+            "follow; a new causal family is one FamilySpec in pyarith.models.families (see CONTRIBUTING.md)"
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("model: quantised weights are not supported yet; load the model in fp32, bf16 or fp16")
+    for attribute, reason in spec.refuse_if:
+        if getattr(config, attribute, False):
+            raise UnsupportedModelError(f"model: family {spec.name!r} with config.{attribute} is refused: {reason}")
+    device, dtype = _placement(model)
+    return _sites(model, config, spec, device, dtype)
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    devices = {p.device for p in model.parameters()}
+    if any(d.type == "meta" for d in devices):
+        raise UnsupportedModelError("model: weights are on the meta device (no data); load them onto cpu or cuda first")
+    mapped = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) != 1 or len(mapped) > 1:
+        found = sorted({str(d) for d in devices} | {str(d) for d in mapped})
+        raise UnsupportedModelError(
+            f"model: one device expected, found {found}; models spread over devices are not supported yet, "
+            "load without device_map"
+        )
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        raise UnsupportedModelError(
+            f"model: one floating-point dtype expected in all weights, found {sorted(map(str, dtypes))}; "
+            "cast with model.to(dtype) (quantised weights are not supported yet)"
+        )
+    return devices.pop(), dtypes.pop()
+
+
+def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device, dtype: torch.dtype) -> ModelSites:
+    def find(root: nn.Module, path: str, where: str) -> nn.Module:
+        try:
+            return root.get_submodule(path)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"model: family {spec.name!r}, {where}: expected a module {path!r}, found "
+                f"{[name for name, _ in root.named_children()]}"
+            ) from None
+
+    decoder = find(model, spec.decoder, "model")
+    blocks = []
+    n_heads = config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    for layer, block in enumerate(find(decoder, spec.blocks, "decoder").children()):
+        where = f"layer {layer}"
+
+        def optional(path: str | None, block: nn.Module = block, where: str = where) -> nn.Module | None:
+            return find(block, path, where) if path else None
+
+        o_proj = find(block, spec.o_proj, where)
+        weight = o_proj.weight
+        # nn.Linear keeps [out, in], Conv1D [in, out]
+        found = weight.shape[1] if isinstance(o_proj, nn.Linear) else weight.shape[0]
+        if found != n_heads * d_head:
+            raise UnsupportedModelError(
+                f"model: family {spec.name!r}, {where}: expected {spec.o_proj} to read n_heads * d_head = "
+                f"{n_heads} * {d_head} = {n_heads * d_head} features, found {found}"
+            )
+        blocks.append(
+            BlockSites(
+                block=block,
+                o_proj=o_proj,
+                attn_post_norm=optional(spec.attn_post_norm),
+                mlp_norm=find(block, spec.mlp_norm, where),
+                mlp=find(block, spec.mlp, where),
+                mlp_post_norm=optional(spec.mlp_post_norm),
+            )
+        )
+    if len(blocks) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"model: family {spec.name!r}: expected {config.num_hidden_layers} layers (config.num_hidden_layers), "
+            f"found {len(blocks)}"
+        )
+    unembed = find(model, spec.unembed, "model")
+    parallel = getattr(config, spec.parallel) if isinstance(spec.parallel, str) else spec.parallel
+    return ModelSites(
+        model=model,
+        spec=spec,
+        decoder=decoder,
+        blocks=tuple(blocks),
+        final_norm=find(decoder, spec.final_norm, "decoder"),
+        unembed=unembed,
+        parallel=bool(parallel),
+        softcap=float((getattr(config, spec.softcap) if spec.softcap else None) or 0.0),
+        n_heads=n_heads,
+        d_head=d_head,
+        d_model=config.hidden_size,
+        d_vocab=unembed.weight.shape[0],
+        windows=_windows(config, len(blocks)),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return (window,) * n_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

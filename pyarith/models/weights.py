@@ -1,0 +1,121 @@
+"""Weights in the shapes that the ops want: views of the model's own storage, never copies.
+
+``read_norm`` and ``read_mlp`` return None where a module is not the known pattern (another class, an
+adapter, hooks, a parametrisation, an overridden forward): the engine then calls the module itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pyarith.models.sites import ModelSites
+
+# what the activation modules of transformers compute
+_ACTS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """Norm parameters for ``ops.add_norm``: kind, weight [d_model], bias [d_model] or None, eps."""
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map as ``x @ matrix + bias`` with matrix [d_in, d_out] (a view)."""
+
+    matrix: Tensor
+    bias: Tensor | None
+
+    def apply(self, x: Tensor, out: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.mm(x, self.matrix, out=out)
+        return torch.addmm(self.bias, x, self.matrix, out=out)
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """``down(act(gate) * up)``; ``gate`` holds gate and up side by side when ``fused``; ``up`` None for a plain MLP."""
+
+    gate: Projection
+    up: Projection | None
+    down: Projection
+    act: str
+    fused: bool
+
+    @property
+    def d_mlp(self) -> int:
+        return self.down.matrix.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of intermediate results kept per row."""
+        return self.gate.matrix.shape[1] + (self.up.matrix.shape[1] if self.up is not None else 0)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True when calling ``module`` runs its class's own forward and nothing else."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and "forward" not in vars(module) and not hasattr(module, "parametrizations")
+
+
+def _from_library(module: nn.Module, class_name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == class_name and kind.__module__.startswith(("transformers.", "torch.nn."))
+
+
+def read_norm(sites: ModelSites, norm: nn.Module) -> NormWeights | None:
+    if not (is_plain(norm) and _from_library(norm, sites.spec.norm_class)):
+        return None
+    eps = getattr(norm, "variance_epsilon", None)
+    return NormWeights(sites.spec.norm, norm.weight, getattr(norm, "bias", None), norm.eps if eps is None else eps)
+
+
+def read_projection(module: nn.Module) -> Projection | None:
+    if not is_plain(module):
+        return None
+    if type(module) is nn.Linear:
+        return Projection(module.weight.t(), module.bias)
+    if type(module) is Conv1D:
+        return Projection(module.weight, module.bias)
+    return None
+
+
+def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
+    layout = sites.spec.mlp_spec
+    if not (is_plain(mlp) and _from_library(mlp, layout.class_name)):
+        return None
+    act_module = getattr(mlp, layout.act)
+    act = _ACTS.get(type(act_module).__name__) if is_plain(act_module) else None
+    gate = read_projection(getattr(mlp, layout.gate_up or layout.gate or layout.up))
+    up = read_projection(getattr(mlp, layout.up)) if layout.gate else None
+    down = read_projection(getattr(mlp, layout.down))
+    if act is None or gate is None or down is None or (layout.gate and up is None):
+        return None
+    return MlpWeights(gate, up, down, act, fused=layout.gate_up is not None)
+
+
+def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
+    """W_O per head as a view ``[head, d_head, d_model]``: ``head_write = z[h] @ out[h]``."""
+    matrix = o_proj.weight.t() if isinstance(o_proj, nn.Linear) else o_proj.weight
+    return matrix.unflatten(0, (sites.n_heads, sites.d_head))
