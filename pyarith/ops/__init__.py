@@ -1,0 +1,27 @@
+"""Operators of pyarith: one contract per file, backends chosen by one table.
+
+Each op is also ``torch.ops.pyarith.<op>``; the functions here allocate the result and are what callers use.
+"""
+
+from pyarith.ops._contract import ACTS, KINDS
+from pyarith.ops._native import info as native_info
+from pyarith.ops._registry import ReportRow, backend_of, report, why_not
+from pyarith.ops.add_norm import add_norm
+from pyarith.ops.answer_logits import answer_logits, vocab_logsumexp
+from pyarith.ops.gated_act import gated_act
+from pyarith.ops.head_write_rows import head_write_rows
+
+__all__ = [
+    "ACTS",
+    "KINDS",
+    "ReportRow",
+    "add_norm",
+    "answer_logits",
+    "backend_of",
+    "gated_act",
+    "head_write_rows",
+    "native_info",
+    "report",
+    "vocab_logsumexp",
+    "why_not",
+]

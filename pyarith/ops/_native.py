@@ -1,0 +1,79 @@
+"""Loads the compiled extension `pyarith._C` and says why its kernels cannot run somewhere.
+
+torch is imported first on purpose: its OpenMP runtime is then the one that the extension binds to.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from pyarith.errors import InputError
+
+CPU_LEVELS = ("base", "avx2", "avx512")
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_load_error = ""
+_forked = False
+
+
+def _load() -> ModuleType | None:
+    global _load_error
+    try:
+        from pyarith import _C
+    except ImportError as error:
+        _load_error = f"pyarith._C cannot be loaded ({error}); build it with `pip install .`"
+        return None
+    limit = os.environ.get("PYARITH_CPU", "")
+    if limit and limit not in CPU_LEVELS:
+        raise InputError(f"environment variable PYARITH_CPU: expected one of {', '.join(CPU_LEVELS)}; got {limit!r}")
+    _C.attach(torch.Tensor, cpu_limit=limit or CPU_LEVELS[-1])
+    return _C
+
+
+def _after_fork() -> None:
+    # A child that opens a parallel region after its parent did waits for threads that were not copied.
+    global _forked
+    _forked = True
+
+
+C = _load()
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """Threads for a CPU kernel: torch's number, one in a forked child."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if C is None:
+        return _load_error
+    if dtype not in _CPU_DTYPES:
+        return f"the C++ kernels compute in float32 and bfloat16, not in {dtype}"
+    return None
+
+
+def why_not_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    if C is None:
+        return _load_error
+    if not C.build_info()["cuda"]:
+        return "pyarith was built without CUDA (no nvcc, or PYARITH_CUDA=0)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if dtype not in _CUDA_DTYPES:
+        return f"the CUDA kernels compute in float32 and 16-bit types, not in {dtype}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"native code starts at compute capability 8.0; this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def info() -> dict[str, object]:
+    """What was built and what this machine runs, for `pyarith doctor`."""
+    if C is None:
+        return {"built": False, "reason": _load_error}
+    return {"built": True, **C.build_info(), "threads": threads()}

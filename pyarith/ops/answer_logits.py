@@ -1,0 +1,205 @@
+"""`answer_logits`: final norm and a few unembedding rows per prompt; `vocab_logsumexp` for the rest of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from pyarith.errors import InputError
+from pyarith.ops import _native
+from pyarith.ops._contract import FLOATS, expect_dims, expect_like, expect_no_grad, expect_shape, expect_tensor
+from pyarith.ops._registry import Backend, define
+from pyarith.ops.add_norm import _CPU_READS, _F32, _upcast, check_norm, normalise
+
+Tensor = torch.Tensor
+
+
+def _check(
+    row: Tensor,
+    write: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_rows: Tensor,
+    target_bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    kind: str,
+    scale: float,
+    softcap: float,
+) -> torch.dtype:
+    dtype = check_norm(row, write, weight, bias, kind)
+    variant, batch, d_model = row.shape
+    expect_dims("target_rows", target_rows, 3, "[batch, k, d_model]")
+    k = target_rows.shape[1]
+    expect_shape("target_rows", target_rows, (batch, k, d_model), "[batch, k, d_model]")
+    expect_like("target_rows", target_rows, row.device, FLOATS)
+    if target_bias is not None:
+        expect_shape("target_bias", target_bias, (batch, k), "[batch, k]")
+        expect_like("target_bias", target_bias, row.device, FLOATS)
+    if softcap < 0:
+        raise InputError(f"softcap: expected 0 (none) or a positive number, got {softcap}")
+    expect_shape("out", out, (variant, batch, k), "[variant, batch, k]")
+    expect_like("out", out, row.device, frozenset((dtype,)))
+    if not out.is_contiguous():
+        raise InputError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+    return dtype
+
+
+def reference(
+    row: Tensor,
+    write: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_rows: Tensor,
+    target_bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    kind: str,
+    scale: float,
+    softcap: float,
+) -> None:
+    """The meaning of the op in plain PyTorch."""
+    x = row if write is None else row + write.to(row.dtype)
+    hidden = normalise(x, weight, bias, eps, kind)
+    logits = scale * torch.einsum("vbd,bkd->vbk", hidden, target_rows.to(row.dtype))
+    if target_bias is not None:
+        logits = logits + target_bias.to(row.dtype)
+    out.copy_(_softcapped(logits, softcap))
+
+
+def _softcapped(logits: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+
+
+def _cpu(
+    row: Tensor,
+    write: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_rows: Tensor,
+    target_bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    kind: str,
+    scale: float,
+    softcap: float,
+) -> None:
+    _native.C.answer_logits_cpu(
+        row.contiguous(),
+        _upcast(write, _F32),
+        _upcast(weight, _CPU_READS),
+        _upcast(bias, _CPU_READS),
+        _upcast(target_rows, _CPU_READS),
+        _upcast(target_bias, _F32),
+        out,
+        eps=eps,
+        kind=kind,
+        scale=scale,
+        softcap=softcap,
+        threads=_native.threads(),
+    )
+
+
+_op = define(
+    "answer_logits",
+    "(Tensor row, Tensor? write, Tensor weight, Tensor? bias, Tensor target_rows, Tensor? target_bias, "
+    'Tensor(a!) out, float eps, str kind, float scale, float softcap, *, str backend="auto") -> ()',
+    _check,
+    {"cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu), "reference": Backend(reference)},
+)
+
+
+def answer_logits(
+    row: Tensor,
+    write: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    target_rows: Tensor,
+    target_bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Logits of a few tokens per prompt from the final residual rows of all variants.
+
+    h = norm(row[v, b] + write[b]);  out[v, b, k] = cap(scale * (h . target_rows[b, k]) + target_bias[b, k])
+    with cap(x) = softcap * tanh(x / softcap) where softcap > 0, else x.
+
+    Args:
+        row: residual rows, [variant, batch, d_model], fp32 or fp64. Not mutated.
+        write: addend shared by the variants, [batch, d_model], any float dtype, or None.
+        weight, bias, eps, kind: the final norm, as in `add_norm`.
+        target_rows: unembedding rows of the tokens asked for, [batch, k, d_model], any float dtype.
+        target_bias: unembedding bias of those tokens, [batch, k], or None.
+        scale, softcap: the model's logit scale and softcap (0 = none).
+        out: where to write, [variant, batch, k], contiguous, in the dtype of row.
+        backend: "auto", or a name of the registry.
+    Returns:
+        [variant, batch, k] in the dtype of row.
+    Raises:
+        InputError: a shape, dtype, device or name differs from the above; the message names the argument.
+        BackendError: the backend asked for cannot run; the message says why.
+    Notes:
+        Nothing is rounded to 16 bits on the way, and no [rows, d_vocab] exists. Bitwise repeatable.
+    """
+    expect_tensor("row", row)
+    expect_tensor("target_rows", target_rows)
+    expect_no_grad("answer_logits", row, write, weight, bias, target_rows, target_bias, out)
+    if out is None:
+        expect_dims("row", row, 3, "[variant, batch, d_model]")
+        expect_dims("target_rows", target_rows, 3, "[batch, k, d_model]")
+        out = torch.empty((row.shape[0], row.shape[1], target_rows.shape[1]), dtype=row.dtype, device=row.device)
+    _op(row, write, weight, bias, target_rows, target_bias, out, eps, kind, scale, softcap, backend=backend)
+    return out
+
+
+def vocab_logsumexp(
+    normed: Tensor,
+    unembed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    chunk: int = 8192,
+) -> Tensor:
+    """Log-sum-exp of the logits of each row over the whole vocabulary, chunk by chunk.
+
+    out[r] = log sum_t exp(cap(scale * (normed[r] . unembed[t]) + bias[t])), cap as in `answer_logits`.
+
+    Args:
+        normed: normalised rows, [rows, d_model], any float dtype.
+        unembed: [d_vocab, d_model], any float dtype.
+        bias: [d_vocab] or None.
+        scale, softcap: the model's logit scale and softcap (0 = none).
+        chunk: tokens at a time; at most [rows, chunk] logits exist.
+    Returns:
+        [rows], fp64 if normed or unembed is, else fp32.
+    Raises:
+        InputError: a shape, dtype or device differs from the above.
+    Notes: 16-bit inputs are upcast, so products are accumulated and kept in fp32.
+    """
+    expect_tensor("normed", normed)
+    expect_tensor("unembed", unembed)
+    expect_no_grad("vocab_logsumexp", normed, unembed, bias)
+    expect_dims("normed", normed, 2, "[rows, d_model]")
+    expect_like("normed", normed, normed.device, FLOATS)
+    expect_dims("unembed", unembed, 2, "[d_vocab, d_model]")
+    expect_shape("unembed", unembed, (unembed.shape[0], normed.shape[1]), "[d_vocab, d_model]")
+    expect_like("unembed", unembed, normed.device, FLOATS)
+    if bias is not None:
+        expect_shape("bias", bias, unembed.shape[:1], "[d_vocab]")
+        expect_like("bias", bias, normed.device, FLOATS)
+    if chunk < 1:
+        raise InputError(f"chunk: expected a positive number of tokens, got {chunk}")
+    wide = torch.float64 if torch.float64 in (normed.dtype, unembed.dtype) else torch.float32
+    rows = normed.to(wide)
+    total = torch.full((normed.shape[0],), -torch.inf, dtype=wide, device=normed.device)
+    for start in range(0, unembed.shape[0], chunk):
+        logits = scale * (rows @ unembed[start : start + chunk].to(wide).T)
+        if bias is not None:
+            logits = logits + bias[start : start + chunk].to(wide)
+        total = torch.logaddexp(total, _softcapped(logits, softcap).logsumexp(-1))
+    return total
