@@ -4,7 +4,7 @@ Three competitors with one protocol (SEMANTICS, "Path patching head -> logits"):
 END, every other head's z keeps its clean value at all positions, MLPs, norms and unembedding are recomputed. Each takes
 `heads_per_forward`: that many senders share one forward by repeating the batch, which is how a user of these tools
 would speed them up. In their favour: only END's logits are asked for, captures are stored once and not timed with the
-senders, nothing is recorded but the answer's logit. All prompts have equal length and no padding, END is the last token.
+senders, nothing is recorded but the answer's logit. All prompts have equal length, no padding, and END last.
 """
 
 import copy
@@ -105,14 +105,10 @@ class HookPatching(LiteralPatching):
     def _patched_forward(self, ids: torch.Tensor, group: Sequence[Sender]) -> torch.Tensor:
         handles = []
         for layer, (o_proj, mlp) in enumerate(zip(self._o_projs, self._mlps, strict=True)):
-            handles.append(
-                o_proj.register_forward_pre_hook(lambda _, __, layer=layer: (self._frozen_z(layer, group),))
-            )
+            handles.append(o_proj.register_forward_pre_hook(lambda _, __, layer=layer: (self._frozen_z(layer, group),)))
             if self._mlp_senders(layer, group):
                 handles.append(
-                    mlp.register_forward_hook(
-                        lambda _, __, output, layer=layer: self._patch_mlp(output, layer, group)
-                    )
+                    mlp.register_forward_hook(lambda _, __, output, layer=layer: self._patch_mlp(output, layer, group))
                 )
         return self._forward(ids, handles)
 
@@ -137,7 +133,9 @@ class TransformerLensPatching(LiteralPatching):
         self._bridge = build_bridge_from_module(modules, architecture="LlamaForCausalLM", hf_config=modules.config)
 
     def _capture(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        names = [[f"blocks.{layer}.{site}" for layer in range(self.n_layers)] for site in ("attn.hook_z", "hook_mlp_out")]
+        names = [
+            [f"blocks.{layer}.{site}" for layer in range(self.n_layers)] for site in ("attn.hook_z", "hook_mlp_out")
+        ]
         logits, cache = self._bridge.run_with_cache(ids, names_filter=[*names[0], *names[1]])
         z = [cache[name].reshape(*ids.shape, -1) for name in names[0]]
         return z, [cache[name] for name in names[1]], self._answer_logits(logits)

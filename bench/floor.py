@@ -1,18 +1,18 @@
 """The floor of a run: its floating-point work at the matrix-product rate of this machine, measured in the same run.
 
     floor      = 2 batch f / rate_f + (r + r_mlp) / rate_r
-    rate_f     all projections of all layers (q k v o gate up down), each layer its own weights, at the row count of the
-               captures: 2 * batch * pos
-    rate_r     the MLP projections of all layers, each its own weights, at the replay's row count of each layer, cut into
-               blocks of at most `REPLAY_BLOCK` rows
+    rate_f     all projections of all layers (q k v o gate up down), each layer its own weights, at the row count
+               of the captures: 2 * batch * pos
+    rate_r     the MLP projections of all layers, each its own weights, at the replay's row count of each layer,
+               cut into blocks of at most `REPLAY_BLOCK` rows
     floor_best the same work at the best rates found over `ROW_COUNTS`; never above floor
 
-Outputs go to buffers that exist already, and nothing but the products is timed: a run cannot stay on this floor for want
-of norms, activations, attention and allocation. It can fall below it only by computing less (shared tokens once).
+Outputs go to buffers that exist already and nothing but the products is timed: norms, activations, attention and
+allocation all count as time above the floor. A run gets below it only by computing less (shared tokens once).
 Both sequences hold exactly the FLOP of the formula, so their seconds are the floor's two terms.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from harness import Check, relative_error
@@ -67,10 +67,12 @@ class Floor:
 
         return attention, mlp
 
-    def best_seconds(self, seconds: dict[tuple[str, int], float], capture: float, replay: float) -> float:
+    def best_seconds(self, seconds: Mapping[tuple[str, int], float], capture: float, replay: float) -> float:
         """Floor at the best rates: `seconds` of `at_rows` per (kind, rows), and the measured terms themselves."""
         work = self.workload
-        per_row = {kind: min(s / rows for (k, rows), s in seconds.items() if k == kind) for kind in ("attention", "mlp")}
+        per_row = {
+            kind: min(s / rows for (k, rows), s in seconds.items() if k == kind) for kind in ("attention", "mlp")
+        }
         tokens = 2 * work.batch * work.pos
         replay_rows = work.replay_flop / work.mlp_flop / work.n_layers
         best_capture = tokens * (per_row["attention"] + per_row["mlp"])

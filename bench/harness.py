@@ -37,6 +37,14 @@ class Check:
     def passed(self) -> bool:
         return math.isfinite(self.error) and self.error <= self.bound
 
+    def require(self, what: str) -> "Check":
+        """Itself where it passed; otherwise an error that names `what` was checked, before anything is timed."""
+        if not self.passed:
+            raise ValueError(
+                f"{what} has no passed check: error {self.error:.3g} against {self.oracle}, allowed {self.bound:.3g}"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -62,7 +70,7 @@ class Timing:
 class Row:
     """One benchmark result. `flop` and `bytes` are the model of the work, not a measurement.
 
-    `share_of_roofline` is the measured ceiling's time for that work divided by the median, ceiling and result from one run.
+    `share_of_roofline` is the ceiling's time for that work divided by the median, both measured in one run.
     """
 
     name: str
@@ -80,11 +88,7 @@ class Row:
     def __post_init__(self) -> None:
         if not isinstance(self.check, Check):
             raise TypeError(f"row {self.name!r} ({self.provider}): expected a Check, got {self.check!r}")
-        if not self.check.passed:
-            raise ValueError(
-                f"row {self.name!r} ({self.provider}) has no passed check: error {self.check.error:.3g} against "
-                f"{self.check.oracle}, allowed {self.check.bound:.3g}"
-            )
+        self.check.require(f"row {self.name!r} ({self.provider})")
 
 
 class Record:
@@ -97,8 +101,13 @@ class Record:
     def write(self, row: Row) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps({**asdict(row), **self.environment}) + "\n")
+            file.write(json.dumps({**asdict(row), **self.environment}, default=_plain) + "\n")
         print(_summary(row), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Numpy and torch scalars as numbers, everything else that JSON does not know by its name."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _summary(row: Row) -> str:

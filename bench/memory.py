@@ -1,8 +1,8 @@
 """Peak private memory of a call, seen from outside the process.
 
-Private memory is RssAnon of /proc/<pid>/status: heap, anonymous maps and allocator caches, without mapped files. A second
-process samples it, so a call that holds the interpreter lock is seen too. The kernel's own high-water mark (VmHWM, reset
-before the call) misses no peak but counts mapped files; it is reported beside the samples as a bound.
+Private memory is RssAnon of /proc/<pid>/status: heap, anonymous maps and allocator caches, without mapped files. A
+second process samples it, so a call that holds the interpreter lock is seen too. The kernel's own high-water mark
+(VmHWM, reset before the call) misses no peak but counts mapped files; it is reported beside the samples as a bound.
 
 glibc keeps freed memory: without care the memory a warm-up has left behind would hide what the measured call needs.
 `malloc_trim` therefore runs right before the starting value is read. Nothing else about malloc is changed, since the
@@ -68,4 +68,3 @@ class PeakMemory:
         self.resident_bytes = status_bytes("VmHWM") - self._resident
         output, _ = self._sampler.communicate("stop")
         self.private_bytes = int(output.split()[-1]) * 1024 - self._private
-

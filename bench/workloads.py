@@ -6,8 +6,8 @@ Counts of one run over all heads and MLPs (gated MLP; 2 FLOP per multiply-add):
     r       = n_heads * n_layers (n_layers + 1) / 2 * 6 d d_mlp           rows of head senders, per prompt
     r_mlp   = n_layers (n_layers - 1) / 2 * 6 d d_mlp                     rows of MLP senders, per prompt
 
-Left out of every count, for all competitors alike: attention scores, norms, activations, embedding, output head, and the
-rows `(z_corrupted - z_clean) @ W_O`.
+Left out of every count, for all competitors alike: attention scores, norms, activations, embedding, output head, and
+the rows `(z_corrupted - z_clean) @ W_O`.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -73,7 +73,7 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Weights once for the captures and once more (MLPs) for the replay, and each row read and written twice a layer."""
+        """Weights once for the captures, MLPs once more for the replay; each row read and written twice a layer."""
         item = getattr(torch, self.dtype).itemsize
         mlp_weights = 3 * self.d_model * self.d_mlp
         weights = self.n_layers * (4 * self.d_model**2 + 2 * mlp_weights) * item
@@ -99,9 +99,16 @@ def quick(workload: Workload) -> Workload:
     """The same case small enough for a smoke test; its figures say nothing about speed."""
     prefix = min(workload.prefix, 16)
     return replace(
-        workload, n_layers=3, n_heads=4, d_model=64, d_mlp=176, d_vocab=128, batch=min(workload.batch, 4),
-        pos=prefix + 8, prefix=prefix,
-    )  # fmt: skip
+        workload,
+        n_layers=3,
+        n_heads=4,
+        d_model=64,
+        d_mlp=176,
+        d_vocab=128,
+        batch=min(workload.batch, 4),
+        pos=prefix + 8,
+        prefix=prefix,
+    )
 
 
 def build_model(workload: Workload, seed: int = 0) -> LlamaForCausalLM:

@@ -1,0 +1,68 @@
+"""A prefix that all prompts share: what the captures cost against that prefix once plus the suffixes without it."""
+
+import statistics
+from typing import Any
+
+import torch
+from baselines import HookPatching
+from case_speed import LOGIT_BOUND, run_fast_patch, sender_logits
+from harness import Check, Record, Row, Timing, relative_error, time_rounds
+from workloads import Workload, all_senders, build_inputs, build_model, sample_senders
+
+CHECKED_PROMPTS = 2
+
+
+def capture_seconds(result: Any) -> float:
+    """Seconds that a result's own clock gives to the captures."""
+    return float(result.settings["timings"]["capture"])
+
+
+def run(record: Record, workload: Workload, rounds: int) -> None:
+    """Rows for the captures, for the reference of clean and corrupted suffixes, and for one set of suffixes."""
+    model, inputs = build_model(workload), build_inputs(workload)
+    prefix = inputs["clean"][:1, : workload.prefix]
+    suffixes = {name: inputs[name][:, workload.prefix :] for name in ("clean", "corrupted")}
+
+    @torch.no_grad()
+    def decode(ids: torch.Tensor) -> None:
+        model.model(input_ids=ids, use_cache=False)
+
+    results: list[Any] = []
+    calls = {
+        "fast_patch": lambda: results.append(run_fast_patch(model, inputs)),
+        "prefix": lambda: decode(prefix),
+        "clean suffixes": lambda: decode(suffixes["clean"]),
+        "corrupted suffixes": lambda: decode(suffixes["corrupted"]),
+    }
+    samples = time_rounds(calls, rounds)
+    check = _check(model, inputs, workload, results[-1])
+    captures = [capture_seconds(result) for result in results[-rounds:]]
+    totals = list(zip(samples["prefix"], samples["clean suffixes"], samples["corrupted suffixes"], strict=True))
+    pairs, single = [sum(parts) for parts in totals], [parts[0] + parts[1] for parts in totals]
+    common = {"name": workload.name, "shape": workload.shape, "dtype": workload.dtype, "check": check}
+    record.write(Row(**common, provider="prefix + clean and corrupted suffixes", seconds=Timing.of(pairs)))
+    record.write(Row(**common, provider="prefix + clean suffixes", seconds=Timing.of(single)))
+    median = statistics.median(captures)
+    record.write(
+        Row(
+            **common,
+            provider="fast_patch captures",
+            seconds=Timing.of(captures),
+            extra={
+                "over_prefix_and_pair_suffixes": median / statistics.median(pairs),
+                "over_prefix_and_clean_suffixes": median / statistics.median(single),
+                "total_seconds": statistics.median(samples["fast_patch"]),
+                "settings": results[-1].settings,
+            },
+        )
+    )
+
+
+def _check(model: torch.nn.Module, inputs: dict[str, torch.Tensor], workload: Workload, result: Any) -> Check:
+    """A sample of senders on the first prompts, literally, prefix included."""
+    first = {name: value[:CHECKED_PROMPTS] for name, value in inputs.items()}
+    senders = sample_senders(workload, workload.n_layers)
+    order = all_senders(workload)
+    found = sender_logits(result)[[order.index(sender) for sender in senders], :CHECKED_PROMPTS]
+    expected = HookPatching(model, **first).run(senders)
+    return Check("one forward per head with hooks, first prompts", relative_error(found, expected), LOGIT_BOUND)
