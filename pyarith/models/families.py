@@ -85,6 +85,7 @@ for _spec in (
         norm="layer",
         norm_class="LayerNorm",
         mlp_spec=MlpSpec(class_name="GPT2MLP", up="c_fc", down="c_proj", act="act"),
+        learned_positions=True,
         refuse_if=(("add_cross_attention", "cross-attention writes to the residual stream are not described"),),
     ),
     FamilySpec(

@@ -48,6 +48,7 @@ class FamilySpec:
         parallel: True, False, or the name of the config attribute that says.
         softcap: config attribute of the final logit softcap, or None.
         masks_by_layer_type: True when the decoder takes a dict of masks keyed by ``config.layer_types``.
+        learned_positions: True where prompts cannot be longer than ``config.max_position_embeddings``.
         refuse_if: config attributes that must be false, each with the reason why the spec does not cover them.
     """
 
@@ -68,4 +69,5 @@ class FamilySpec:
     parallel: bool | str = False
     softcap: str | None = None
     masks_by_layer_type: bool = False
+    learned_positions: bool = False
     refuse_if: tuple[tuple[str, str], ...] = ()

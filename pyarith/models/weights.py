@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from pyarith.errors import UnsupportedModelError
 from pyarith.models.sites import ModelSites
 
 # what the activation modules of transformers compute
@@ -96,7 +96,7 @@ def read_projection(module: nn.Module) -> Projection | None:
         return None
     if type(module) is nn.Linear:
         return Projection(module.weight.t(), module.bias)
-    if type(module) is Conv1D:
+    if _from_library(module, "Conv1D"):  # by name: importing transformers' class would cost start-up time
         return Projection(module.weight, module.bias)
     return None
 
@@ -116,6 +116,15 @@ def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
 
 
 def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
-    """W_O per head as a view ``[head, d_head, d_model]``: ``head_write = z[h] @ out[h]``."""
-    matrix = o_proj.weight.t() if isinstance(o_proj, nn.Linear) else o_proj.weight
-    return matrix.unflatten(0, (sites.n_heads, sites.d_head))
+    """W_O per head as a view ``[head, d_head, d_model]``: ``head_write = z[h] @ out[h]``.
+
+    Raises:
+        UnsupportedModelError: the projection is not a plain nn.Linear or Conv1D.
+    """
+    projection = read_projection(o_proj)
+    if projection is None:
+        raise UnsupportedModelError(
+            f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D without "
+            f"hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks or merge the adapter first"
+        )
+    return projection.matrix.unflatten(0, (sites.n_heads, sites.d_head))

@@ -1,0 +1,42 @@
+"""pyarith: find, prove and tune the attention heads and MLPs of a language model that carry a behaviour.
+
+The public names are loaded on first use, so that ``import pyarith`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyarith import tasks as tasks
+    from pyarith.demo import load_demo as load_demo
+    from pyarith.discovery import fast_patch as fast_patch
+    from pyarith.prompts import PromptPairs as PromptPairs
+    from pyarith.result import PatchResult as PatchResult
+    from pyarith.types import Head as Head
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "fast_patch": "pyarith.discovery",
+    "PatchResult": "pyarith.result",
+    "PromptPairs": "pyarith.prompts",
+    "Head": "pyarith.types",
+    "load_demo": "pyarith.demo",
+    "tasks": None,
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pyarith' has no attribute {name!r}; it has {sorted(_PUBLIC)}")
+    module = _PUBLIC[name]
+    value = importlib.import_module(f"pyarith.{name}") if module is None else getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

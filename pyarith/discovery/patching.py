@@ -1,0 +1,257 @@
+"""``fast_patch``: exact path patching of every head and MLP to the answer's logit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from pyarith import ops
+from pyarith.engine import guard
+from pyarith.engine.batch import make_batch
+from pyarith.engine.planner import parse_bytes
+from pyarith.engine.run import Options, run
+from pyarith.errors import BackendError, InputTypeError, check
+from pyarith.models.sites import ModelSites, resolve
+from pyarith.ops._registry import ORDER as BACKENDS
+from pyarith.prompts import PromptPairs
+from pyarith.result import PatchResult
+
+_SENDERS = ("heads", "mlps")
+_MLPS = {
+    "recomputed": (
+        "path patching head -> logits: noising, sender patched at END, every other head's z frozen at its clean value, "
+        "MLPs and norms recomputed (the paper's; path_patching.path_patch to resid_post with direct_includes_mlps=True)"
+    ),
+    "frozen": (
+        "direct effect head -> logits: noising, sender patched at END, every other head and MLP frozen at its clean value, "
+        "final norm recomputed (path_patching.path_patch to resid_post with direct_includes_mlps=False)"
+    ),
+}
+_BATCH_KEYS = ("clean", "corrupted", "answers", "attention_mask", "corrupted_attention_mask", "foils")
+
+
+def fast_patch(
+    model: Any,
+    clean: Any,
+    corrupted: Any = None,
+    answers: Any = None,
+    *,
+    attention_mask: Any = None,
+    corrupted_attention_mask: Any = None,
+    senders: Iterable[str] = _SENDERS,
+    mlps: str = "recomputed",
+    foils: Any = None,
+    log_probs: bool = False,
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    verify: int = 2,
+    progress: bool | Callable[[int, int], None] | None = None,
+) -> PatchResult:
+    """Path patching of every head and MLP to the answer's logit, exactly, in about the time of a few forward passes.
+
+    For sender (l, h) the head's output z at END takes its value of the corrupted run, every other head's z keeps its
+    clean value, MLPs, norms and unembedding are recomputed:
+
+        row(l, h) = resid_mid_clean[l] + (z_corrupted[l, h] - z_clean[l, h]) @ W_O[l][:, h].T
+        row      += MLP_l(norm(row));  for j > l:  row += attn_write_clean[j];  row += MLP_j(norm(row))
+        logit     = final_norm(row) . W_U[answer]
+
+    The model is never changed: training flags, hooks, grad mode and random state are as before, also after an error.
+
+    Args:
+        model: a supported Hugging Face causal LM, any device, fp32, fp64, bf16 or fp16.
+        clean, corrupted: int64 [batch, pos] token ids; both prompts of a pair have the same number of real tokens and
+            differ somewhere. ``clean`` may also be a ``PromptPairs`` or an iterable of batches (each a ``PromptPairs``
+            or a mapping with the names of these arguments); then the other tensors stay None and the result is merged.
+        answers: int64 [batch] id of the one token after the prompt.
+        attention_mask, corrupted_attention_mask: 0/1 [batch, pos], padding left or right; None = no padding.
+        senders: "heads", "mlps" or both.
+        mlps: "recomputed" (the paper's quantity) or "frozen" (later MLPs keep their clean output: another quantity).
+        foils: int64 [batch, k] other answers whose logits are wanted too.
+        log_probs: also log-probabilities of the answer (the vocabulary is run through in chunks).
+        memory_budget: bytes or a text such as "2GiB" beyond the model; None = half of what is free on its device.
+        backend: "auto" or the name of an op backend ("cpu", "cuda", "reference"); by name it runs or raises.
+        verify: number of senders re-run literally with hooks, on at most two prompts; 0 = none.
+        progress: None = a bar on a terminal, False = none, or a callable ``(done, total)`` in prompts.
+
+    Returns:
+        A ``PatchResult``; its ``settings`` hold blocks, backends, timings and versions.
+
+    Raises:
+        InputError, InputTypeError: an argument is wrong; the message names it, what was expected and what came.
+        UnsupportedModelError: the model's family, wrapping or placement is not supported, and why.
+        SelfCheckError: the recomposed rows, or a literal re-run, contradict the replay.
+        NonFiniteError: NaN or infinity met; the first layer and tensor are named.
+        MemoryBudgetError: the budget is too small; the smallest that works is named.
+        BackendError: a backend asked for by name cannot run, and why.
+
+    References: Zhang et al. 2024, arXiv:2409.01659, sec. 3; Wang et al. 2022, arXiv:2211.00593, sec. 3.1.
+    """
+    wanted = _senders(senders)
+    check(mlps in _MLPS, f"mlps: expected one of {sorted(_MLPS)}, got {mlps!r}")
+    check(
+        isinstance(verify, int) and not isinstance(verify, bool) and verify >= 0,
+        f"verify: expected a number of senders >= 0, got {verify!r}",
+    )
+    check(
+        progress is None or isinstance(progress, bool) or callable(progress),
+        f"progress: expected None, False or a callable (done, total), got {type(progress).__name__}",
+        InputTypeError,
+    )
+    budget = parse_bytes(memory_budget)
+    sites = resolve(model)
+    backends = _backends(sites, backend)
+    tensors = (corrupted, answers, attention_mask, corrupted_attention_mask, foils)
+    batches = list(_batches(clean, *tensors))
+    check(len(batches) > 0, "clean: expected at least one batch, got an empty iterable")
+    checked = [make_batch(sites, **batch) for batch in batches]
+    results = []
+    bar = _Progress(progress, sum(map(len, checked)))
+    with guard.untouched(model), bar:
+        for batch in checked:
+            options = Options(
+                heads="heads" in wanted,
+                mlps="mlps" in wanted,
+                frozen=mlps == "frozen",
+                log_probs=log_probs,
+                memory_budget=budget,
+                backend=backend,
+                verify=verify,
+                progress=bar.call,
+            )
+            done = run(sites, batch, options)
+            bar.advance(len(batch))
+            results.append(
+                PatchResult(
+                    **done.arrays,
+                    verification_error=done.verification_error,
+                    semantics=_MLPS[mlps],
+                    settings=_settings(sites, options, wanted, mlps, backends, done.record),
+                )
+            )
+    return PatchResult.merge(results)
+
+
+def _senders(senders: Iterable[str]) -> tuple[str, ...]:
+    names = (senders,) if isinstance(senders, str) else tuple(senders)
+    unknown = [name for name in names if name not in _SENDERS]
+    check(bool(names) and not unknown, f"senders: expected some of {list(_SENDERS)}, got {list(names)}")
+    return tuple(name for name in _SENDERS if name in names)
+
+
+def _backends(sites: ModelSites, backend: str) -> dict[str, str]:
+    """The backend of each op for this run.
+
+    Raises:
+        InputError, BackendError: an unknown name, or a backend that cannot run here, with the reasons.
+    """
+    names = dict.fromkeys(row.op for row in ops.report())
+    if backend == "auto":
+        return {op: ops.backend_of(op, sites.device, sites.row_dtype) for op in names}
+    check(backend in BACKENDS, f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
+    reasons = {op: ops.why_not(op, backend, sites.device, sites.row_dtype) for op in names}
+    failed = {op: reason for op, reason in reasons.items() if reason is not None}
+    if failed:
+        why = "; ".join(f"{op}: {reason}" for op, reason in failed.items())
+        raise BackendError(f"backend: {backend!r} cannot run on {sites.device} ({why}); use backend='auto'")
+    return dict.fromkeys(names, backend)
+
+
+def _batches(clean: Any, corrupted: Any, answers: Any, mask: Any, other_mask: Any, foils: Any) -> Iterator[dict[str, Any]]:
+    """One mapping of ``make_batch`` arguments per batch."""
+    given = {
+        "corrupted": corrupted,
+        "answers": answers,
+        "attention_mask": mask,
+        "corrupted_attention_mask": other_mask,
+        "foils": foils,
+    }
+    if corrupted is not None or answers is not None:
+        for name in ("corrupted", "answers"):
+            check(given[name] is not None, f"{name}: expected a tensor beside clean, got None", InputTypeError)
+        yield {"clean": clean, **given}
+        return
+    extra = [name for name, value in given.items() if value is not None]
+    check(not extra, f"{extra}: expected inside each batch when clean is PromptPairs or an iterable of batches")
+    if isinstance(clean, torch.Tensor) or not isinstance(clean, Iterable | PromptPairs):
+        raise InputTypeError(
+            f"corrupted, answers: expected tensors beside clean (or clean as PromptPairs or an iterable of batches), got "
+            f"None with clean of type {type(clean).__name__}"
+        )
+    for number, item in enumerate([clean] if isinstance(clean, PromptPairs | Mapping) else clean):
+        batch = item.inputs() if isinstance(item, PromptPairs) else item
+        check(
+            isinstance(batch, Mapping),
+            f"clean: expected batches as PromptPairs or mappings, got {type(batch).__name__} as batch {number}",
+            InputTypeError,
+        )
+        missing = [name for name in _BATCH_KEYS[:3] if name not in batch]
+        unknown = [name for name in batch if name not in _BATCH_KEYS]
+        check(
+            not missing and not unknown,
+            f"clean: batch {number}: expected keys among {list(_BATCH_KEYS)}, missing {missing}, unknown {unknown}",
+        )
+        yield dict(batch)
+
+
+def _settings(
+    sites: ModelSites,
+    options: Options,
+    wanted: tuple[str, ...],
+    mlps: str,
+    backends: dict[str, str],
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    config = sites.model.config
+    return {
+        "model": getattr(config, "_name_or_path", "") or type(sites.model).__name__,
+        "family": sites.spec.name,
+        "n_layers": sites.n_layers,
+        "n_heads": sites.n_heads,
+        "device": str(sites.device),
+        "dtype": str(sites.dtype).removeprefix("torch."),
+        "attention": config._attn_implementation,
+        "senders": list(wanted),
+        "mlps": mlps,
+        "memory_budget": options.memory_budget,
+        "verify": options.verify,
+        "backends": backends,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        **record,
+    }
+
+
+class _Progress:
+    """The bar, or the caller's function; prompts of all batches count together."""
+
+    def __init__(self, progress: bool | Callable[[int, int], None] | None, total: int) -> None:
+        self._base, self._total = 0, total
+        self._function = progress if callable(progress) else None
+        self._show = progress is True or (progress is None and sys.stderr.isatty())
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        if self._show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=self._total, unit="prompt", desc="fast_patch")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def call(self, done: int, _: int) -> None:
+        if self._function is not None:
+            self._function(self._base + done, self._total)
+        if self._bar is not None:
+            self._bar.update(self._base + done - self._bar.n)
+
+    def advance(self, n: int) -> None:
+        self._base += n
+

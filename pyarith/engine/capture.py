@@ -1,0 +1,171 @@
+"""One clean and one corrupted run through the model's own modules, of which only END is kept.
+
+The decoder is called, the LM head never. What is stored per prompt is a few vectors per layer; nothing
+of shape [batch, pos, head, d_model] ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyarith.engine.batch import Batch
+from pyarith.engine.guard import Hooks
+from pyarith.engine.packing import Packed, additive, causal, pack
+from pyarith.models.sites import ModelSites
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What the replay needs of a block of prompts, at END, on the model's device, in row dtype.
+
+    An *entry* j is a place where rows start: before MLP j, or j = n_layers just before the final norm.
+
+    Attributes:
+        base: [n_layers + 1, batch, d_model] clean residual stream at the entries (serial: after attention j;
+            parallel: before block j).
+        writes: [n_layers, batch, d_model] what attention j adds in the clean run.
+        dz: [n_layers, batch, n_heads * d_head] z of the corrupted run minus z of the clean run.
+        dmlp: [n_layers, batch, d_model] MLP write of the corrupted run minus that of the clean run, or None.
+        pre, raw: [n_layers, batch, d_model] block input and attention output before its norm (families with a
+            norm after attention), or None.
+        clean_hidden, corrupted_hidden: [batch, d_model] decoder output at END, model dtype.
+    """
+
+    base: Tensor
+    writes: Tensor
+    dz: Tensor
+    dmlp: Tensor | None
+    pre: Tensor | None
+    raw: Tensor | None
+    clean_hidden: Tensor
+    corrupted_hidden: Tensor
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                yield field.name, value
+
+
+def allocate(sites: ModelSites, n: int, mlps: bool) -> Captured:
+    def rows(layers: int, width: int) -> Tensor:
+        return torch.empty(layers, n, width, dtype=sites.row_dtype, device=sites.device)
+
+    layers, d = sites.n_layers, sites.d_model
+    post = sites.blocks[0].attn_post_norm is not None
+    hidden = [torch.empty(n, d, dtype=sites.dtype, device=sites.device) for _ in range(2)]
+    return Captured(
+        base=rows(layers + 1, d),
+        writes=rows(layers, d),
+        dz=rows(layers, sites.n_heads * sites.d_head),
+        dmlp=rows(layers, d) if mlps else None,
+        pre=rows(layers, d) if post else None,
+        raw=rows(layers, d) if post else None,
+        clean_hidden=hidden[0],
+        corrupted_hidden=hidden[1],
+    )
+
+
+def bytes_per_prompt(sites: ModelSites, mlps: bool) -> int:
+    """Bytes that ``Captured`` holds for one prompt."""
+    meta = torch.device("meta")
+    fake = allocate(ModelSites(**{**vars(sites), "device": meta}), 1, mlps)
+    return sum(tensor.nbytes for _, tensor in fake.named())
+
+
+class Prefix:
+    """Keys and values of the tokens that all prompts share, computed once, one stored copy per layer."""
+
+    def __init__(self, sites: ModelSites, ids: Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.length = len(ids)
+        # without a config every layer keeps all keys; sliding windows are in our masks
+        self.cache = DynamicCache() if self.length else None
+        if self.length:
+            ids = ids.to(sites.device)[None]
+            positions = torch.arange(self.length, device=sites.device)[None]
+            masks = masks_for(sites, lambda window: causal(self.length, window, sites.device))
+            run_decoder(sites, ids, positions, masks, self.cache)
+
+    def forget(self, n: int) -> None:
+        """Drop the ``n`` newest tokens of the cache, which belong to a block of prompts."""
+        if self.cache is not None:
+            self.cache.crop(-n)
+
+
+def masks_for(sites: ModelSites, allowed: Callable[[int | None], Tensor]) -> Any:
+    """The attention masks in the form that the family's decoder takes."""
+    by_window = {window: additive(allowed(window), sites.dtype) for window in set(sites.windows)}
+    if not sites.spec.masks_by_layer_type:
+        return by_window[sites.windows[0]]
+    types = sites.model.config.layer_types
+    return {kind: by_window[window] for kind, window in zip(types, sites.windows, strict=True)}
+
+
+def run_decoder(sites: ModelSites, ids: Tensor, positions: Tensor, masks: Any, cache: Any) -> Tensor:
+    """Decoder output [row, pos, d_model] (after the final norm)."""
+    return sites.decoder(
+        input_ids=ids,
+        attention_mask=masks,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        return_dict=True,
+    ).last_hidden_state
+
+
+@contextmanager
+def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> Iterator[None]:
+    """Hooks that copy END of every pair into ``into[..., at, :]``."""
+
+    def keep(store: Tensor | None, layer: int) -> Callable[[Tensor], None]:
+        def call(x: Tensor) -> None:
+            if store is not None:
+                store[layer, at] = x.reshape(-1, x.shape[-1])[packed.clean_end]
+
+        return call
+
+    def difference(store: Tensor | None, layer: int) -> Callable[[Tensor], None]:
+        def call(x: Tensor) -> None:
+            if store is not None:
+                flat = x.reshape(-1, x.shape[-1])
+                target = store[layer, at]
+                target.copy_(flat[packed.corrupted_end])
+                target.sub_(flat[packed.clean_end])
+
+        return call
+
+    with Hooks() as hooks:
+        for layer, block in enumerate(sites.blocks):
+            if sites.parallel:
+                hooks.before(block.block, keep(into.base, layer))
+            else:
+                hooks.before(block.mlp_norm, keep(into.base, layer))
+            hooks.before(block.o_proj, difference(into.dz, layer))
+            hooks.after(block.attn_write, keep(into.writes, layer))
+            if into.dmlp is not None:
+                hooks.after(block.mlp_write, difference(into.dmlp, layer))
+            if into.raw is not None:
+                hooks.before(block.block, keep(into.pre, layer))
+                hooks.after(block.o_proj, keep(into.raw, layer))
+        hooks.before(sites.final_norm, keep(into.base, sites.n_layers))
+        yield
+
+
+def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, into: Captured, at: slice) -> None:
+    """Run the pairs ``indices`` (clean and corrupted at once) and store END at ``into[..., at, :]``."""
+    packed = pack(batch, indices, prefix.length).to(sites.device)
+    masks = masks_for(sites, packed.allowed)
+    with recording(sites, packed, into, at):
+        hidden = run_decoder(sites, packed.input_ids, packed.position_ids, masks, prefix.cache)
+    prefix.forget(packed.input_ids.shape[1])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    into.clean_hidden[at] = flat[packed.clean_end]
+    into.corrupted_hidden[at] = flat[packed.corrupted_end]

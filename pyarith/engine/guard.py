@@ -1,0 +1,63 @@
+"""Running a model without leaving a trace: eval mode, no gradients, no autocast, hooks removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in eval mode without gradients or autocast; every training flag is put back at the end.
+
+    The previous flags are kept per module, since a model may be partly in training mode on purpose.
+    """
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device.type
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Hooks:
+    """Forward hooks that live inside a ``with`` block.
+
+    ``before(module, f)`` calls ``f(input)`` and, if it returns a tensor, uses that as the input;
+    ``after(module, f)`` does the same with the output. Modules whose first result is a tuple hand over its first item.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def before(self, module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # blocks may get their hidden states by name
+            if args:
+                value = call(args[0])
+                return None if value is None else ((value, *args[1:]), kwargs)
+            value = call(kwargs["hidden_states"])
+            return None if value is None else (args, {**kwargs, "hidden_states": value})
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            return call(output)
+
+        self._handles.append(module.register_forward_hook(hook))

@@ -1,0 +1,149 @@
+"""The slow published algorithm: one full forward pass of the model per sender, with hooks.
+
+It checks the replay in two ways. ``attach`` compares rows recomposed from the family spec with the model's
+own logits, once per model. ``verify`` re-runs chosen senders literally, every other head frozen at all positions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyarith.engine.batch import Batch
+from pyarith.engine.capture import Captured, Prefix, allocate, capture
+from pyarith.engine.guard import Hooks
+from pyarith.engine.readout import Readout
+from pyarith.engine.replay import Replay
+from pyarith.errors import SelfCheckError
+from pyarith.models.sites import ModelSites
+
+# How far recomposed rows may be from the model's own numbers, relative to the largest logit in play. fp64 models of
+# transformers still cast norms and rotary embeddings to fp32.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_CHECK_TOKENS = 8
+_checked: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+def tolerance(sites: ModelSites, scale: float) -> float:
+    """Largest difference that rounding may explain between logits of size ``scale``."""
+    return _TOLERANCE[sites.dtype] * scale
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A head, or the MLP of a layer where ``head`` is None."""
+
+    layer: int
+    head: int | None
+
+
+def _state(sites: ModelSites) -> tuple[Any, ...]:
+    """Changes whenever a weight is written or replaced, or a hook or an override is added in a block."""
+    hooks = tuple(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in sites.model.modules()
+    )
+    weights = tuple((p.data_ptr(), p._version) for p in sites.model.parameters())
+    return hooks, weights, sites.model.config._attn_implementation
+
+
+def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
+    """Check that rows recomposed from the family spec reproduce the model's own logits.
+
+    Runs the model once on the start of the first prompt; a model that has not changed since is not checked again.
+
+    Raises:
+        SelfCheckError: they do not; family, layer and both numbers are named.
+    """
+    state = _state(sites)
+    if _checked.get(sites.model) == state:
+        return
+    length = min(_CHECK_TOKENS, int(batch.lengths[0]))
+    ids = batch.clean[:1, :length]
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % sites.d_vocab
+    targets = batch.targets[:, 0].unique()[:64].to(sites.device)[None]
+    forward, backward = _capture_pair(sites, ids, other), _capture_pair(sites, other, ids)
+    own = _forward(sites, ids[0])[targets[0]]
+    scale = float(own.abs().max().clamp_min(1.0))
+    readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
+    _compare(sites, "final norm and unembedding", readout.of_hidden(forward.clean_hidden)[0], own, scale)
+    checker = Replay(sites, replay.backend, heads=True, mlps=True, frozen=False, log_probs=False)
+    logits = checker.run(forward, targets, row_block=checker.n_variants).logits
+    for j, entry in enumerate(checker.entries):
+        if entry is not None:
+            where = f"rows that start at layer {min(j, sites.n_layers - 1)}"
+            _compare(sites, where, logits[entry.identity_row, 0], own, scale)
+    for layer, w_o in enumerate(checker.w_o):
+        # what attention writes must be the sum of what its heads write
+        clean, changed = (c.writes if c.raw is None else c.raw for c in (forward, backward))
+        found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean.dtype))
+        size = float(changed[layer].abs().max())
+        _compare(sites, f"layer {layer}, attention write", found, changed[layer], size)
+    _checked[sites.model] = state
+
+
+def _capture_pair(sites: ModelSites, clean: Tensor, corrupted: Tensor) -> Captured:
+    """Two prompts [1, pos] that differ in their last token, captured through the same code as a run."""
+    length = clean.shape[1]
+    pair = Batch(clean, corrupted, torch.tensor([length]), torch.tensor([length - 1]), clean[:, :1])
+    captured = allocate(sites, 1, mlps=True)
+    capture(sites, pair, torch.tensor([0]), Prefix(sites, clean[0, :0]), captured, slice(0, 1))
+    return captured
+
+
+def _compare(sites: ModelSites, where: str, found: Tensor, expected: Tensor, scale: float) -> None:
+    error = (found.to(expected.dtype) - expected).abs()
+    if not bool(torch.isfinite(error).all()):
+        return  # named by the run itself, which looks for the first non-finite tensor
+    if float(error.max()) > tolerance(sites, scale):
+        worst = int(error.flatten().argmax())
+        raise SelfCheckError(
+            f"self-check: family {sites.spec.name!r}, {where}: the family spec recomposes "
+            f"{float(found.flatten()[worst]):.6g}, the model itself has {float(expected.flatten()[worst]):.6g} (tolerance "
+            f"{tolerance(sites, scale):.2g}). The model does something that its family spec does not describe "
+            "(a hook, an overridden forward, a changed block?); results would be wrong, so none are given"
+        )
+
+
+def _forward(sites: ModelSites, ids: Tensor) -> Tensor:
+    """The model's own logits at the last position of one unpadded prompt, [d_vocab] in row dtype."""
+    ids = ids.to(sites.device)[None]
+    positions = torch.arange(ids.shape[1], device=sites.device)[None]
+    output = sites.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, return_dict=True)
+    return output.logits[0, -1].to(sites.row_dtype)
+
+
+def literal(sites: ModelSites, clean: Tensor, corrupted: Tensor, target: int, sender: Sender, frozen: bool) -> float:
+    """Logit of ``target`` with one sender patched at END, every other head frozen at all positions.
+
+    Args:
+        clean, corrupted: int64 [pos] one unpadded prompt each.
+        frozen: freeze the MLPs (except the sender) as well.
+    """
+    store: dict[str, dict[nn.Module, Tensor]] = {"clean": {}, "corrupted": {}}
+    for name, ids in (("clean", clean), ("corrupted", corrupted)):
+        with Hooks() as hooks:
+            for block in sites.blocks:
+                hooks.before(block.o_proj, lambda x, m=block.o_proj, s=store[name]: s.__setitem__(m, x.clone()))
+                hooks.after(block.mlp_write, lambda x, m=block.mlp_write, s=store[name]: s.__setitem__(m, x.clone()))
+            _forward(sites, ids)
+    with Hooks() as hooks:
+        for layer, block in enumerate(sites.blocks):
+            z = store["clean"][block.o_proj]
+            write = store["clean"][block.mlp_write]
+            own = layer == sender.layer
+            if own and sender.head is not None:
+                heads = z.unflatten(-1, (sites.n_heads, sites.d_head))
+                other = store["corrupted"][block.o_proj].unflatten(-1, (sites.n_heads, sites.d_head))
+                heads[:, -1, sender.head] = other[:, -1, sender.head]  # a view: z changes too
+            hooks.before(block.o_proj, lambda _, value=z: value)
+            if own and sender.head is None:
+                write = torch.cat([write[:, :-1], store["corrupted"][block.mlp_write][:, -1:]], 1)
+                hooks.after(block.mlp_write, lambda _, value=write: value)
+            elif frozen:
+                hooks.after(block.mlp_write, lambda _, value=write: value)
+        return float(_forward(sites, clean)[target])

@@ -1,0 +1,210 @@
+"""From a memory budget to block sizes, with a forecast of FLOP, bytes and seconds.
+
+The results of a run depend on the blocks only through rounding, which the noise floor reports.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyarith.engine import capture
+from pyarith.engine.batch import Batch
+from pyarith.engine.packing import tree_lengths
+from pyarith.engine.replay import Replay
+from pyarith.errors import InputError, MemoryBudgetError, check
+from pyarith.models.sites import ModelSites
+
+# Larger blocks stop paying off here: GEMMs are on their plateau and intermediates leave the cache (bench/NOTES.md).
+_MAX_PROMPTS = 128
+_MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
+_MAX_ROWS = {"cpu": 512, "cuda": 16384}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Block sizes: prompts per sweep over the weights, capture tokens per forward pass, rows per MLP call."""
+
+    prompts: int
+    tokens: int
+    rows: int
+
+    def halved(self) -> Plan | None:
+        """Half of everything, or None when nothing is left to halve."""
+        smaller = Plan(max(1, self.prompts // 2), max(1, self.tokens // 2), max(1, self.rows // 2))
+        return None if smaller == self else smaller
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will cost; ``seconds`` at the GEMM rate measured on this device."""
+
+    capture_flop: float
+    replay_flop: float
+    bytes: int
+    gemm_flop_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        return (self.capture_flop + self.replay_flop) / self.gemm_flop_per_second
+
+    def record(self) -> dict[str, float]:
+        return {**asdict(self), "seconds": self.seconds}
+
+
+def parse_bytes(value: Any) -> int | None:
+    """Bytes from an int or a text such as "2GiB".
+
+    Raises:
+        InputError: anything else, or not positive.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match is None or match[2].upper() not in _UNITS or isinstance(value, bool):
+        raise InputError(f"memory_budget: expected bytes or a text such as '512MiB' or '2GB', got {value!r}")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    check(size > 0, f"memory_budget: expected more than 0 bytes, got {value!r}")
+    return size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device (on the CPU also within the control group's limit)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return 4 * 2**30  # no way to ask without a further dependency (macOS): a cautious constant
+    free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024  # type: ignore[index]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+@functools.lru_cache(maxsize=8)
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a GEMM, measured once per device and dtype (a few milliseconds)."""
+    n = 4096 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        _synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Planner:
+    """Costs of a run on one batch."""
+
+    def __init__(self, sites: ModelSites, replay: Replay, batch: Batch, prefix: int, mlps: bool) -> None:
+        self.sites, self.replay, self.prefix = sites, replay, prefix
+        self.tree = tree_lengths(batch, prefix)
+        self.n = len(batch)
+        self._stored = capture.bytes_per_prompt(sites, mlps)
+        width = max((m.width for m in replay.mlps), default=0) or 8 * sites.d_model
+        self._mlp_params = sum(p.numel() for b in sites.blocks for p in b.mlp.parameters()) / sites.n_layers
+        self._block_params = sum(p.numel() for p in sites.blocks[0].block.parameters())
+        size = sites.dtype.itemsize
+        # a Hugging Face MLP holds gate, activation, up and their product at once; attention holds q, k, v twice (RoPE)
+        self._per_token = size * (8 * sites.d_model + 2 * width)
+        scores = sites.n_heads if sites.model.config._attn_implementation == "eager" else 0
+        # mask: two dtypes per window kind while it is made; eager attention also holds two copies of its scores
+        self._per_key = size * (len(set(sites.windows)) + 2 * scores) + 6
+        kv = sites.n_layers * 4 * sites.n_heads * sites.d_head * size
+        self._prefix_bytes = prefix * (kv + self._per_token) + prefix**2 * self._per_key if prefix else 0
+
+    def _capture_bytes(self, tokens: int) -> int:
+        longest = int(self.tree.max())
+        tokens = max(tokens, longest)
+        keys = self.prefix + (tokens if self.prefix else longest)
+        return tokens * self._per_token + tokens * keys * self._per_key
+
+    def bytes(self, plan: Plan) -> int:
+        """Peak bytes of a plan beyond the model: the stored captures, and the larger of capture and replay."""
+        rows = self.replay.n_variants * plan.prompts
+        block = max(plan.rows, plan.prompts)
+        post = 2 * (self.sites.n_heads + 1) * plan.prompts * self.sites.d_model * self.sites.row_dtype.itemsize
+        replayed = rows * self.replay.bytes_per_row() + block * self.replay.bytes_per_work_row() + post
+        captured = self._capture_bytes(min(plan.tokens, plan.prompts * int(self.tree.max())))
+        return self._prefix_bytes + plan.prompts * self._stored + max(replayed, captured)
+
+    def plan(self, budget: int | None) -> Plan:
+        """The largest useful blocks within the budget (None: half of what is free).
+
+        Raises:
+            MemoryBudgetError: not even one prompt fits; the message says the smallest budget that works.
+        """
+        kind = self.sites.device.type
+        budget = free_bytes(self.sites.device) // 2 if budget is None else budget
+        plan = Plan(min(self.n, _MAX_PROMPTS), _MAX_TOKENS.get(kind, 2048), _MAX_ROWS.get(kind, 512))
+        # the three sizes cost differently; shrink what is dearest relative to what it buys
+        while self.bytes(plan) > budget:
+            options = [
+                replace(plan, prompts=max(1, plan.prompts * 3 // 4)) if plan.prompts > 1 else plan,
+                replace(plan, tokens=plan.tokens // 2) if plan.tokens > int(self.tree.max()) else plan,
+                replace(plan, rows=plan.rows // 2) if plan.rows > 1 else plan,
+            ]
+            smaller = [option for option in options if self.bytes(option) < self.bytes(plan)]
+            if not smaller:
+                raise MemoryBudgetError(
+                    f"memory_budget: expected at least {self.bytes(plan)} bytes (one prompt of {int(self.tree.max())} tokens), "
+                    f"got {budget}; raise the budget or shorten the prompts"
+                )
+            plan = min(smaller, key=self.bytes)
+        # equal blocks: 100 prompts at most 64 at a time go as 50 + 50
+        return replace(plan, prompts=-(-self.n // -(-self.n // plan.prompts)))
+
+    def forecast(self, plan: Plan) -> Forecast:
+        """FLOP of the matrix products, peak bytes, and seconds at the measured GEMM rate."""
+        layers = self.sites.n_layers
+        tokens = self.prefix + int(self.tree.sum())
+        alive, rows = 0, 0
+        for entry in self.replay.entries[:layers]:
+            alive = entry.stop if entry else alive
+            rows += alive
+        replayed = 0.0 if self.replay.frozen else 2.0 * self._mlp_params * rows * self.n
+        return Forecast(
+            capture_flop=2.0 * self._block_params * layers * tokens,
+            replay_flop=replayed,
+            bytes=self.bytes(plan),
+            gemm_flop_per_second=gemm_rate(self.sites.device, self.sites.dtype),
+        )
+
+    def groups(self, plan: Plan, order: Tensor) -> list[list[Tensor]]:
+        """Blocks of prompt indices; within a block, groups that go through one forward pass."""
+        blocks = []
+        for block in order.split(plan.prompts):
+            groups: list[Tensor] = []
+            current: list[int] = []
+            total = longest = 0
+            for i in block.tolist():
+                length = int(self.tree[i])
+                # behind a stored prefix pairs stand one after the other, otherwise in rows of the longest
+                tokens = total + length if self.prefix else max(longest, length) * (len(current) + 1)
+                if current and tokens > plan.tokens:
+                    groups.append(torch.tensor(current))
+                    current, total, longest = [], 0, 0
+                current.append(i)
+                total, longest = total + length, max(longest, length)
+            groups.append(torch.tensor(current))
+            blocks.append(groups)
+        return blocks

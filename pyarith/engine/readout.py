@@ -1,0 +1,142 @@
+"""From residual rows to logits: norms, the final norm, the answer's logit, log-sum-exp over the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyarith import ops
+from pyarith.errors import UnsupportedModelError
+from pyarith.models.sites import ModelSites
+from pyarith.models.weights import NormWeights, Projection, read_norm, read_projection
+
+
+@dataclass(frozen=True)
+class RowLogits:
+    """Results of a block: logits [variant, batch, target], log-sum-exp [variant, batch] or None."""
+
+    logits: Tensor
+    lse: Tensor | None
+
+    @staticmethod
+    def cat(parts: list[RowLogits]) -> RowLogits:
+        lse = [part.lse for part in parts if part.lse is not None]
+        return RowLogits(torch.cat([part.logits for part in parts]), torch.cat(lse) if lse else None)
+
+
+class Norm:
+    """A norm as one fused op, or the model's own module where it is not the known pattern."""
+
+    def __init__(self, sites: ModelSites, module: nn.Module, backend: str) -> None:
+        self.module, self.dtype, self.backend = module, sites.dtype, backend
+        self.weights: NormWeights | None = read_norm(sites, module)
+
+    def __call__(self, rows: Tensor, delta: Tensor | None, write: Tensor | None, out: Tensor) -> None:
+        """``rows += delta + write`` in place, ``out = norm(rows)``."""
+        w = self.weights
+        if w is not None:
+            ops.add_norm(rows, delta, write, w.weight, w.bias, w.eps, w.kind, out=out, backend=self.backend)
+            return
+        if delta is not None:
+            rows.add_(delta)
+        if write is not None:
+            rows.add_(write)
+        out.copy_(self.module(rows.to(self.dtype)))
+
+
+def split(n: int, size: int) -> list[tuple[int, int]]:
+    """[0, n) in equal blocks of at most ``size``."""
+    count = -(-n // size)
+    edges = [n * i // count for i in range(count + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def split_norm(
+    norm: Norm, rows: Tensor, a: int, b: int, before: int, waiting: Tensor | None, write: Tensor | None, out: Tensor
+) -> None:
+    """Norm of rows[a:b]; only rows below ``before`` have something waiting."""
+    cut = min(max(before, a), b)
+    if cut > a:
+        norm(rows[a:cut], None if waiting is None else waiting[a:cut], write, out[: cut - a])
+    if cut < b:
+        norm(rows[cut:b], None, None, out[cut - a :])
+
+
+def read_unembed(sites: ModelSites) -> Projection:
+    """The unembedding as [d_model, d_vocab].
+
+    Raises:
+        UnsupportedModelError: it is not a plain linear layer.
+    """
+    projection = read_projection(sites.unembed)
+    if projection is None:
+        raise UnsupportedModelError(
+            f"model: family {sites.spec.name!r}: expected {sites.spec.unembed} to be a plain nn.Linear without hooks or "
+            f"parametrisations, found {type(sites.unembed).__name__}"
+        )
+    return projection
+
+
+class Readout:
+    """Final norm and unembedding rows for the targets of a block of prompts (int64 [batch, target])."""
+
+    def __init__(self, sites: ModelSites, final_norm: Norm, unembed: Projection, targets: Tensor, backend: str) -> None:
+        self.sites, self.norm, self.unembed, self.backend = sites, final_norm, unembed, backend
+        self.rows = unembed.matrix.t()[targets]  # [batch, target, d_model]
+        self.bias = None if unembed.bias is None else unembed.bias[targets]
+
+    def read(
+        self,
+        rows: Tensor,
+        a: int,
+        b: int,
+        before: int,
+        waiting: Tensor | None,
+        write: Tensor | None,
+        x: Tensor,
+        log_probs: bool,
+    ) -> RowLogits:
+        """Logits of rows[a:b]; rows below ``before`` first receive ``waiting`` and ``write``; x is scratch for the norm."""
+        w = self.norm.weights
+        cut = min(max(before, a), b)
+        pieces = [(a, cut, write), (cut, b, None)]
+        if w is None or log_probs or waiting is not None:
+            split_norm(self.norm, rows, a, b, before, waiting, write, x)
+            pieces = [(a, b, None)]  # the rows now hold everything
+        if w is None:
+            return RowLogits(self.of_hidden(x), self.log_sum_exp(x) if log_probs else None)
+        logits = rows.new_empty(b - a, *self.rows.shape[:2])
+        for low, high, incoming in pieces:
+            if low < high:
+                ops.answer_logits(
+                    rows[low:high],
+                    incoming,
+                    w.weight,
+                    w.bias,
+                    w.eps,
+                    w.kind,
+                    self.rows,
+                    self.bias,
+                    softcap=self.sites.softcap,
+                    out=logits[low - a : high - a],
+                    backend=self.backend,
+                )
+        return RowLogits(logits, self.log_sum_exp(x) if log_probs else None)
+
+    def of_hidden(self, hidden: Tensor) -> Tensor:
+        """Target logits of decoder outputs: [..., batch, d_model] -> [..., batch, target]."""
+        wide = self.sites.row_dtype
+        value = (hidden.to(wide)[..., None, :] * self.rows.to(wide)).sum(-1)
+        if self.bias is not None:
+            value = value + self.bias.to(wide)
+        cap = self.sites.softcap
+        return torch.tanh(value / cap) * cap if cap else value
+
+    def log_sum_exp(self, hidden: Tensor) -> Tensor:
+        """Log-sum-exp over the vocabulary: [..., d_model] -> [...]; no [..., d_vocab] is held."""
+        flat = ops.vocab_logsumexp(
+            hidden.flatten(0, -2), self.unembed.matrix.t(), self.unembed.bias, softcap=self.sites.softcap
+        )
+        return flat.view(hidden.shape[:-1])

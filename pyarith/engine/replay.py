@@ -1,0 +1,285 @@
+"""Replay: every sender becomes one row of the residual stream at END, carried through the MLPs to the logit.
+
+With all other heads frozen nothing moves between positions (SEMANTICS, "the replay identity"):
+
+    row(l, h) = base[l] + (z_corrupted[l, h] - z_clean[l, h]) @ W_O[l][:, h].T
+    row      += MLP_l(norm(row));   for j > l:  row += attn_write_clean[j];  row += MLP_j(norm(row))
+    logit     = final_norm(row) . W_U[answer]
+
+Rows start at *entries*. Serial block: entry j lies before MLP j and takes the heads of layer j, MLP j - 1 and
+an identity row. Parallel block: entry j lies before block j and takes the heads and the MLP of block j - 1. Entry
+n_layers lies before the final norm. All rows of one entry share one clean base, so an effect is the difference
+of two rows that went through the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyarith import ops
+from pyarith.engine.capture import Captured
+from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split, split_norm
+from pyarith.models.sites import ModelSites
+from pyarith.models.weights import head_outputs, read_mlp
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Rows that start at one place: ``[heads of head_layer][MLP mlp_layer][identity]`` from variant ``start`` on."""
+
+    head_layer: int | None
+    mlp_layer: int | None
+    start: int
+    n_heads: int
+
+    @property
+    def mlp_row(self) -> int:
+        return self.start + (self.n_heads if self.head_layer is not None else 0)
+
+    @property
+    def identity_row(self) -> int:
+        return self.mlp_row + (self.mlp_layer is not None)
+
+    @property
+    def stop(self) -> int:
+        return self.identity_row + 1
+
+
+def entry_plan(sites: ModelSites, heads: bool, mlps: bool) -> list[Entry | None]:
+    """Entries 0 .. n_layers; None where nothing starts."""
+    plan: list[Entry | None] = []
+    start = 0
+    for j in range(sites.n_layers + 1):
+        head_layer = j - 1 if sites.parallel else j
+        head = head_layer if heads and 0 <= head_layer < sites.n_layers else None
+        mlp = j - 1 if mlps and j >= 1 else None
+        if head is None and mlp is None:
+            plan.append(None)
+            continue
+        entry = Entry(head, mlp, start, sites.n_heads)
+        plan.append(entry)
+        start = entry.stop
+    return plan
+
+
+def frozen_entries(sites: ModelSites, heads: bool, mlps: bool) -> list[Entry]:
+    """With later MLPs frozen every sender starts before the final norm; one entry per layer, replayed alone."""
+    layers = range(sites.n_layers)
+    return [Entry(layer if heads else None, layer if mlps else None, 0, sites.n_heads) for layer in layers]
+
+
+class Mlp:
+    """``target = mlp(x)`` or ``target += mlp(x)``, fused where the MLP is a known pattern."""
+
+    def __init__(self, sites: ModelSites, module: nn.Module, backend: str) -> None:
+        self.module, self.backend = module, backend
+        self.weights = read_mlp(sites, module)
+
+    @property
+    def width(self) -> int:
+        return self.weights.width if self.weights is not None else 0
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that ``add_to`` leaves to its caller."""
+        return self.weights.down.bias if self.weights is not None else None
+
+    def _hidden(self, x: Tensor, work: Tensor) -> Tensor:
+        w = self.weights
+        assert w is not None
+        n = len(x)
+        gate = work[: n * w.gate.matrix.shape[1]].view(n, -1)
+        w.gate.apply(x, gate)
+        if w.fused:
+            gate, up = gate.chunk(2, dim=-1)
+            hidden = gate
+        elif w.up is not None:
+            up = work[gate.numel() : n * w.width].view(n, -1)
+            w.up.apply(x, up)
+            hidden = gate
+        else:
+            up, hidden = None, gate
+        return ops.gated_act(gate, up, w.act, out=hidden, backend=self.backend)
+
+    def write_to(self, x: Tensor, target: Tensor, work: Tensor) -> None:
+        """``target = mlp(x)``; x and target [variant, batch, d_model]."""
+        if self.weights is None:
+            target.copy_(self.module(x))
+            return
+        flat = x.flatten(0, 1)
+        self.weights.down.apply(self._hidden(flat, work), target.flatten(0, 1))
+
+    def add_to(self, x: Tensor, rows: Tensor, work: Tensor) -> None:
+        """``rows += mlp(x) - bias`` in the GEMM itself; the caller owes ``bias``."""
+        if self.weights is None:
+            rows.add_(self.module(x))
+            return
+        flat = rows.flatten(0, 1)
+        hidden = self._hidden(x.flatten(0, 1), work)
+        torch.addmm(flat, hidden, self.weights.down.matrix, out=flat)
+
+
+class Replay:
+    """The replay of one model; buffers are made once and reused for every block of prompts."""
+
+    def __init__(self, sites: ModelSites, backend: str, *, heads: bool, mlps: bool, frozen: bool, log_probs: bool) -> None:
+        self.sites, self.backend, self.frozen, self.log_probs = sites, backend, frozen, log_probs
+        self.entries = entry_plan(sites, heads, mlps)
+        self.frozen_entries = frozen_entries(sites, heads, mlps)
+        self.w_o = [head_outputs(sites, block.o_proj) for block in sites.blocks] if heads else []
+        self.attn_post = [self._norm(block.attn_post_norm) for block in sites.blocks]
+        self.mlp_norms = [self._norm(block.mlp_norm) for block in sites.blocks]
+        self.mlps = [Mlp(sites, block.mlp, backend) for block in sites.blocks]
+        self.mlp_post = [self._norm(block.mlp_post_norm) for block in sites.blocks]
+        self.final_norm = self._norm(sites.final_norm)
+        self.unembed = read_unembed(sites)
+        # a residual in the GEMM's own dtype takes the MLP's result in the GEMM; otherwise it waits for the next add_norm
+        self.direct = sites.dtype == sites.row_dtype and self.mlp_post[0] is None
+        self._work: dict[str, Tensor] = {}
+
+    def _norm(self, module: nn.Module | None) -> Norm | None:
+        return None if module is None else Norm(self.sites, module, self.backend)
+
+    @property
+    def n_variants(self) -> int:
+        """Rows per prompt that are alive at once."""
+        if self.frozen:
+            return self.frozen_entries[0].stop
+        return max(entry.stop for entry in self.entries if entry)
+
+    @property
+    def fused(self) -> bool:
+        return all(m.weights is not None for m in self.mlps)
+
+    def bytes_per_row(self) -> int:
+        """Bytes per row and prompt that live through a sweep."""
+        sites = self.sites
+        waiting = 0 if self.direct else sites.dtype.itemsize
+        return sites.d_model * (sites.row_dtype.itemsize + waiting)
+
+    def bytes_per_work_row(self) -> int:
+        """Bytes per row of a row block: norm output, MLP intermediates, and one row for a norm after the MLP."""
+        sites = self.sites
+        width = max(m.width for m in self.mlps) or 4 * sites.d_model
+        return sites.dtype.itemsize * (sites.d_model + width) + sites.row_dtype.itemsize * sites.d_model
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        have = self._work.get(name)
+        if have is None or have.numel() < size or have.dtype != dtype:
+            self._work.pop(name, None)  # free before the larger one is made
+            have = self._work[name] = torch.empty(size, dtype=dtype, device=self.sites.device)
+        return have[:size].view(shape)
+
+    def release(self) -> None:
+        self._work.clear()
+
+    # one block of prompts
+
+    def run(self, captured: Captured, targets: Tensor, row_block: int) -> RowLogits:
+        """Logits of all rows for a block of prompts; targets int64 [batch, target] on the model's device."""
+        sites = self.sites
+        batch = len(targets)
+        rows = self._buffer("rows", (self.n_variants, batch, sites.d_model), sites.row_dtype)
+        per_block = max(1, row_block // batch)
+        readout = Readout(sites, self.final_norm, self.unembed, targets, self.backend)
+        if self.frozen:
+            base = captured.base[sites.n_layers]
+            parts = [self._frozen(entry, rows, base, captured, readout, per_block) for entry in self.frozen_entries]
+            return RowLogits.cat(parts)
+        alive, owed = 0, None
+        for j, entry in enumerate(self.entries):
+            before = alive
+            if entry is not None:
+                self._enter(entry, rows, captured.base[j], captured)
+                alive = entry.stop
+            write = self._incoming(captured, j, owed)
+            if j < sites.n_layers and alive:
+                owed = self._advance(j, rows, before, alive, write, per_block)
+        return self._read(readout, rows, before, alive, write, self._waiting(rows), per_block)
+
+    def _incoming(self, captured: Captured, j: int, owed: Tensor | None) -> Tensor | None:
+        """What rows that entered before entry j meet there: the frozen attention write, and the owed MLP bias."""
+        source = j - 1 if self.sites.parallel else j
+        write = captured.writes[source] if 0 <= source < self.sites.n_layers else None
+        if owed is None:
+            return write
+        owed = owed.to(self.sites.row_dtype).expand(captured.base.shape[1:])
+        return owed.contiguous() if write is None else write + owed
+
+    def _waiting(self, rows: Tensor) -> Tensor | None:
+        return None if self.direct else self._buffer("waiting", tuple(rows.shape), self.sites.dtype)
+
+    def _enter(self, entry: Entry, rows: Tensor, base: Tensor, captured: Captured) -> None:
+        sites = self.sites
+        identity = rows[entry.identity_row]
+        identity.copy_(base)
+        if entry.head_layer is not None:
+            layer = entry.head_layer
+            dz = captured.dz[layer].unflatten(-1, (sites.n_heads, sites.d_head))
+            senders = rows[entry.start : entry.mlp_row]
+            post = self.attn_post[layer]
+            if post is None:
+                ops.head_write_rows(base, dz, self.w_o[layer], out=senders, backend=self.backend)
+            else:
+                # the norm after attention is not linear: the whole write is recomputed, for the identity row too
+                assert captured.raw is not None and captured.pre is not None
+                raw = self._buffer("raw", (sites.n_heads + 1, *base.shape), sites.row_dtype)
+                ops.head_write_rows(captured.raw[layer], dz, self.w_o[layer], out=raw[:-1], backend=self.backend)
+                raw[-1].copy_(captured.raw[layer])
+                write = self._buffer("write", tuple(raw.shape), sites.dtype)
+                post(raw, None, None, write)
+                torch.add(write[:-1], captured.pre[layer], out=senders)
+                torch.add(write[-1], captured.pre[layer], out=identity)
+        if entry.mlp_layer is not None:
+            assert captured.dmlp is not None
+            torch.add(identity, captured.dmlp[entry.mlp_layer], out=rows[entry.mlp_row])
+
+    def _advance(
+        self, layer: int, rows: Tensor, before: int, alive: int, write: Tensor | None, per_block: int
+    ) -> Tensor | None:
+        """MLP ``layer`` for rows[:alive]; those below ``before`` first receive ``write``. Returns the bias owed."""
+        norm, mlp, post = self.mlp_norms[layer], self.mlps[layer], self.mlp_post[layer]
+        waiting = self._waiting(rows)
+        for a, b in split(alive, per_block):
+            n = (b - a) * rows.shape[1]
+            x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype)
+            work = self._buffer("work", (n * mlp.width,), self.sites.dtype)
+            split_norm(norm, rows, a, b, before, waiting, write, x)
+            if waiting is None:
+                mlp.add_to(x, rows[a:b], work)
+                continue
+            mlp.write_to(x, waiting[a:b], work)
+            if post is not None:
+                raw = self._buffer("post", (b - a, *rows.shape[1:]), rows.dtype)
+                post(raw.copy_(waiting[a:b]), None, None, waiting[a:b])
+        return mlp.bias if waiting is None else None
+
+    def _read(
+        self,
+        readout: Readout,
+        rows: Tensor,
+        before: int,
+        alive: int,
+        write: Tensor | None,
+        waiting: Tensor | None,
+        per_block: int,
+    ) -> RowLogits:
+        parts = []
+        for a, b in split(alive, per_block):
+            x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype)
+            parts.append(readout.read(rows, a, b, before, waiting, write, x, self.log_probs))
+        return RowLogits.cat(parts)
+
+    def _frozen(
+        self, entry: Entry, rows: Tensor, base: Tensor, captured: Captured, readout: Readout, per_block: int
+    ) -> RowLogits:
+        """All senders of one layer with every later MLP frozen: their change is added to the clean final residual."""
+        self._enter(entry, rows, base, captured)
+        if entry.head_layer is not None and self.attn_post[entry.head_layer] is not None:
+            # the entry was built as pre + norm(raw); move from there to the final residual, identity included
+            rows[: entry.stop].add_(base - rows[entry.identity_row])
+        return self._read(readout, rows, 0, entry.stop, None, None, per_block)

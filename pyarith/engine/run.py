@@ -1,0 +1,291 @@
+"""A patching run over one batch: plan, prefix, capture, replay, block by block, results on the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyarith.engine import oracle
+from pyarith.engine.batch import Batch, name_prompts
+from pyarith.engine.capture import Captured, Prefix, allocate, capture
+from pyarith.engine.oracle import Sender
+from pyarith.engine.planner import Plan, Planner
+from pyarith.engine.readout import Readout
+from pyarith.engine.replay import Replay
+from pyarith.errors import MemoryBudgetError, NonFiniteError, SelfCheckError
+from pyarith.models.sites import ModelSites
+
+# A stored prefix costs a forward pass of its own and one copy of its keys per group; shorter ones do not pay.
+_MIN_PREFIX = 16
+_VERIFY_PROMPTS = 2
+_METRICS = ("logits", "foil_logits", "log_probs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run computes; see ``fast_patch``."""
+
+    heads: bool = True
+    mlps: bool = True
+    frozen: bool = False
+    log_probs: bool = False
+    memory_budget: int | None = None
+    backend: str = "auto"
+    verify: int = 2
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass
+class RunArrays:
+    """Host arrays named as the fields of ``PatchResult``, and the record of the run."""
+
+    arrays: dict[str, np.ndarray[Any, Any]]
+    verification_error: float | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
+    """Replay every sender on ``batch``. The caller holds ``guard.untouched``."""
+    replay = Replay(
+        sites,
+        options.backend,
+        heads=options.heads,
+        mlps=options.mlps,
+        frozen=options.frozen,
+        log_probs=options.log_probs,
+    )
+    oracle.attach(sites, replay, batch)
+    length = batch.common_prefix
+    length = length if length >= _MIN_PREFIX and len(batch) > 1 else 0
+    planner = Planner(sites, replay, batch, length, options.mlps)
+    plan = planner.plan(options.memory_budget)
+    arrays, timings, plan = _sweep(sites, batch, replay, planner, plan, options)
+    result = RunArrays(
+        arrays,
+        record={
+            "plan": vars(plan),
+            "prefix": length,
+            "forecast": planner.forecast(plan).record(),
+            "fused": replay.fused,
+            "seconds": timings,
+        },
+    )
+    if options.verify:
+        start = time.perf_counter()
+        result.verification_error = _verify(sites, batch, result.arrays, options)
+        timings["verify"] = time.perf_counter() - start
+    return result
+
+
+def _sweep(
+    sites: ModelSites, batch: Batch, replay: Replay, planner: Planner, plan: Plan, options: Options
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, float], Plan]:
+    """All blocks, with half the block size after each out-of-memory."""
+    order = planner.tree.argsort(stable=True)
+    collector = _Collector(sites, replay, batch, options)
+    timings = {"capture": 0.0, "replay": 0.0}
+    start = time.perf_counter()
+    prefix = Prefix(sites, batch.clean[0, : planner.prefix])
+    timings["capture"] += time.perf_counter() - start
+    done = 0
+    while done < len(order):
+        try:
+            for groups in planner.groups(plan, order[done:]):
+                block = torch.cat(groups)
+                collector.add(block, *_block(sites, batch, replay, prefix, groups, plan, options, timings))
+                done += len(block)
+                if options.progress is not None:
+                    options.progress(done, len(order))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            smaller = plan.halved() if _is_out_of_memory(error) else None
+            if smaller is None:
+                if _is_out_of_memory(error):
+                    raise MemoryBudgetError(
+                        f"out of memory even with one prompt at a time ({error}); free memory on {sites.device} or "
+                        "use a smaller model"
+                    ) from error
+                raise
+            plan = smaller
+            replay.release()
+            prefix = Prefix(sites, batch.clean[0, : planner.prefix])
+    replay.release()
+    return collector.arrays, timings, plan
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def _block(
+    sites: ModelSites,
+    batch: Batch,
+    replay: Replay,
+    prefix: Prefix,
+    groups: list[Tensor],
+    plan: Plan,
+    options: Options,
+    timings: dict[str, float],
+) -> tuple[Captured, Any, Readout]:
+    start = time.perf_counter()
+    block = torch.cat(groups)
+    captured = allocate(sites, len(block), options.mlps)
+    at = 0
+    for group in groups:
+        capture(sites, batch, group, prefix, captured, slice(at, at + len(group)))
+        at += len(group)
+    middle = time.perf_counter()
+    targets = batch.targets[block].to(sites.device)
+    rows = replay.run(captured, targets, plan.rows)
+    readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
+    timings["capture"] += middle - start
+    timings["replay"] += time.perf_counter() - middle
+    return captured, rows, readout
+
+
+class _Collector:
+    """Scatters the rows of blocks into arrays in the order of the prompts."""
+
+    def __init__(self, sites: ModelSites, replay: Replay, batch: Batch, options: Options) -> None:
+        self.sites, self.replay, self.batch, self.options = sites, replay, batch, options
+        n, layers, foils = len(batch), sites.n_layers, batch.targets.shape[1] - 1
+        kind = np.float64 if sites.row_dtype == torch.float64 else np.float32
+        senders = {"head": (layers, sites.n_heads), "identity": (layers,), "mlp": (layers,), "mlp_identity": (layers,)}
+        if not options.heads:
+            del senders["head"], senders["identity"]
+        if not options.mlps:
+            del senders["mlp"], senders["mlp_identity"]
+        both = {"clean": (), "corrupted": ()}
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for metric in _METRICS:
+            wanted = {"logits": True, "foil_logits": foils > 0, "log_probs": options.log_probs}[metric]
+            names = {**senders, **both} if wanted else both if metric == "log_probs" else {}
+            for name, axes in names.items():
+                shape = (*axes, n, foils) if metric == "foil_logits" else (*axes, n)
+                self.arrays[f"{name}_{metric}"] = np.empty(shape, kind)
+        self.arrays["noise_floor"] = np.zeros(layers, kind)
+
+    def add(self, block: Tensor, captured: Captured, rows: Any, readout: Readout) -> None:
+        hidden = torch.stack([captured.clean_hidden, captured.corrupted_hidden])
+        own = readout.of_hidden(hidden)
+        own_lse = readout.log_sum_exp(hidden).cpu()
+        own = own.cpu()
+        logits, lse = rows.logits.cpu(), None if rows.lse is None else rows.lse.cpu()
+        if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(own).all())):
+            raise NonFiniteError(_first_non_finite(self.sites, captured, block))
+        index = block.numpy()
+        for i, name in enumerate(("clean", "corrupted")):
+            self._put(name, index, own[i], own_lse[i])
+        identity = self._put_senders(index, logits, lse)
+        drift = (identity - own[0, :, 0]).abs().amax(1).numpy()
+        np.maximum(self.arrays["noise_floor"], drift, out=self.arrays["noise_floor"])
+
+    def _put_senders(self, index: Any, logits: Tensor, lse: Tensor | None) -> Tensor:
+        """Store all senders; returns the identity logits [n_layers, batch]."""
+        identity = logits.new_empty(self.sites.n_layers, logits.shape[1])
+        replay = self.replay
+        start = 0
+        for entry in replay.frozen_entries if replay.frozen else replay.entries:
+            if entry is None:
+                continue
+            part = logits[start : start + entry.stop - entry.start]
+            part_lse = None if lse is None else lse[start : start + entry.stop - entry.start]
+            start += entry.stop - entry.start
+            last = part_lse[-1] if part_lse is not None else None
+            if entry.mlp_layer is not None:
+                row = entry.mlp_row - entry.start
+                self._put("mlp", index, part[row], None if part_lse is None else part_lse[row], entry.mlp_layer)
+                self._put("mlp_identity", index, part[-1], last, entry.mlp_layer)
+                if not self.options.heads:
+                    identity[entry.mlp_layer] = part[-1, :, 0]
+            if entry.head_layer is not None:
+                heads = slice(0, self.sites.n_heads)
+                self._put("head", index, part[heads], None if part_lse is None else part_lse[heads], entry.head_layer)
+                self._put("identity", index, part[-1], last, entry.head_layer)
+                identity[entry.head_layer] = part[-1, :, 0]
+        return identity
+
+    def _put(self, name: str, index: Any, logits: Tensor, lse: Tensor | None, layer: int | None = None) -> None:
+        """logits [..., batch, target], lse [..., batch]."""
+        at = () if layer is None else (layer,)
+
+        def store(metric: str, value: Tensor, *last: Any) -> None:
+            target = self.arrays.get(f"{name}_{metric}")
+            if target is not None:
+                target[at][(..., index, *last)] = value.numpy()
+
+        store("logits", logits[..., 0])
+        store("foil_logits", logits[..., 1:], slice(None))
+        if lse is not None:
+            store("log_probs", logits[..., 0] - lse)
+
+
+def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> str:
+    """Where NaN or infinity came from: weights of the model first, else the first tensor of the run in layer order."""
+    for name, parameter in sites.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"non-finite values: weight {name} of the model holds NaN or infinity; repair the checkpoint"
+    for layer in range(sites.n_layers + 1):
+        for name, tensor in captured.named():
+            if tensor.dim() == 3 and layer < len(tensor):
+                bad = ~torch.isfinite(tensor[layer]).all(-1)
+                if bool(bad.any()):
+                    prompts = torch.zeros(int(block.max()) + 1, dtype=torch.bool)
+                    prompts[block] = bad.cpu()
+                    return (
+                        f"non-finite values: layer {layer}, tensor {name} (prompts {name_prompts(prompts)}); the model "
+                        f"overflows {sites.dtype}: load it in fp32 or bf16"
+                    )
+    return f"non-finite values in the replayed rows only: patched activations overflow {sites.dtype}; load the model in fp32"
+
+
+def _verify(sites: ModelSites, batch: Batch, arrays: dict[str, np.ndarray[Any, Any]], options: Options) -> float:
+    """Literal re-runs of the strongest senders and of senders spread over the model, on at most two prompts.
+
+    Raises:
+        SelfCheckError: replay and literal re-run disagree beyond rounding.
+    """
+    prompts = range(min(_VERIFY_PROMPTS, len(batch)))
+    worst = 0.0
+    floor = float(arrays["noise_floor"].max())
+    for sender in _choose(sites, arrays, options):
+        if sender.head is not None:
+            replayed = arrays["head_logits"][sender.layer, sender.head]
+        else:
+            replayed = arrays["mlp_logits"][sender.layer]
+        for i in prompts:
+            n = int(batch.lengths[i])
+            found = oracle.literal(
+                sites, batch.clean[i, :n], batch.corrupted[i, :n], int(batch.targets[i, 0]), sender, options.frozen
+            )
+            error = abs(found - float(replayed[i]))
+            worst = max(worst, error)
+            tolerance = oracle.tolerance(sites, max(abs(found), 1.0)) + 4 * floor
+            if not error <= tolerance:
+                what = f"head {sender.layer}.{sender.head}" if sender.head is not None else f"MLP {sender.layer}"
+                raise SelfCheckError(
+                    f"verification: family {sites.spec.name!r}, {what}, prompt {i}: a literal re-run gives logit {found:.6g}, "
+                    f"the replay {float(replayed[i]):.6g} (tolerance {tolerance:.2g}); no result is given"
+                )
+    return worst
+
+
+def _choose(sites: ModelSites, arrays: dict[str, np.ndarray[Any, Any]], options: Options) -> list[Sender]:
+    """``verify`` senders: the strongest head, the strongest MLP, the next head, ..."""
+    ranked: list[list[Sender]] = []
+    if options.heads:
+        change = np.abs(arrays["head_logits"] - arrays["identity_logits"][:, None]).mean(-1)
+        order = np.argsort(-change, axis=None)[: options.verify]
+        ranked.append([Sender(*map(int, np.unravel_index(i, change.shape))) for i in order])
+    if options.mlps:
+        change = np.abs(arrays["mlp_logits"] - arrays["mlp_identity_logits"]).mean(-1)
+        ranked.append([Sender(int(i), None) for i in np.argsort(-change)[: options.verify]])
+    longest = max(map(len, ranked))
+    mixed = [kind[i] for i in range(longest) for kind in ranked if i < len(kind)]
+    return mixed[: options.verify]
