@@ -243,7 +243,10 @@ class Alignment:
         codes = [names.index("special" if token in self.aligner.special else "other") for token in ids]
         for name, given in spans.items():
             for span in _spans(given):
-                for place in self.aligner.places(self.prompts[row], ids, span):
+                places = self.aligner.places(self.prompts[row], ids, span)
+                while len(places) > 1 and self.aligner.blank(ids[places[0]]):  # the mark of a word's beginning
+                    places = places[1:]
+                for place in places:
                     codes[place] = names.index(name)
         return codes
 
@@ -272,6 +275,10 @@ class Aligner:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text with the special tokens that the tokenizer adds by itself."""
         return [list(ids) for ids in self.tokenizer(list(texts))["input_ids"]] if len(texts) else []
+
+    def blank(self, token: int) -> bool:
+        """Whether a token stands for nothing but a space."""
+        return not self.tokenizer.decode([token]).strip()
 
     def places(self, text: str, ids: list[int], span: Span) -> range:
         """The positions of the tokens that hold a part of `text[span]`."""

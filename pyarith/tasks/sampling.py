@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -98,5 +98,5 @@ def collect(
         strata={name: [one.strata[name] for one in kept] for name in kept[0].strata},
         space=space,
     )
-    pairs.settings.update(settings | counts | {"n": n, "tried": len(tried), "on_misaligned": on_misaligned})
-    return pairs
+    record = {"n": n, "tried": len(tried), "on_misaligned": on_misaligned}
+    return replace(pairs, settings=pairs.settings | settings | counts | record)
