@@ -4,17 +4,14 @@ import statistics
 from typing import Any
 
 import torch
-from baselines import HookPatching
-from case_speed import LOGIT_BOUND, run_fast_patch, sender_logits
-from harness import Check, Record, Row, Timing, relative_error, time_rounds
-from workloads import Workload, all_senders, build_inputs, build_model, sample_senders
-
-CHECKED_PROMPTS = 2
+from case_speed import run_fast_patch, sender_logits, spot_check
+from harness import Record, Row, Timing, time_rounds
+from workloads import Workload, build_inputs, build_model
 
 
 def capture_seconds(result: Any) -> float:
     """Seconds that a result's own clock gives to the captures."""
-    return float(result.settings["timings"]["capture"])
+    return float(result.settings["seconds"]["capture"])
 
 
 def run(record: Record, workload: Workload, rounds: int) -> None:
@@ -35,7 +32,7 @@ def run(record: Record, workload: Workload, rounds: int) -> None:
         "corrupted suffixes": lambda: decode(suffixes["corrupted"]),
     }
     samples = time_rounds(calls, rounds)
-    check = _check(model, inputs, workload, results[-1])
+    check = spot_check(model, inputs, workload, sender_logits(results[-1]))
     captures = [capture_seconds(result) for result in results[-rounds:]]
     totals = list(zip(samples["prefix"], samples["clean suffixes"], samples["corrupted suffixes"], strict=True))
     pairs, single = [sum(parts) for parts in totals], [parts[0] + parts[1] for parts in totals]
@@ -56,13 +53,3 @@ def run(record: Record, workload: Workload, rounds: int) -> None:
             },
         )
     )
-
-
-def _check(model: torch.nn.Module, inputs: dict[str, torch.Tensor], workload: Workload, result: Any) -> Check:
-    """A sample of senders on the first prompts, literally, prefix included."""
-    first = {name: value[:CHECKED_PROMPTS] for name, value in inputs.items()}
-    senders = sample_senders(workload, workload.n_layers)
-    order = all_senders(workload)
-    found = sender_logits(result)[[order.index(sender) for sender in senders], :CHECKED_PROMPTS]
-    expected = HookPatching(model, **first).run(senders)
-    return Check("one forward per head with hooks, first prompts", relative_error(found, expected), LOGIT_BOUND)

@@ -16,6 +16,7 @@ from workloads import Workload, all_senders, build_inputs, build_model, sample_s
 
 LOGIT_BOUND = 5e-6  # fp32: largest difference over the largest logit
 BF16_FLOOR = 1e-3
+CHECKED_PROMPTS = 2
 EFFECT_BOUND = 1e-4  # fp32: the same for patched - clean, which is smaller than a logit and shows errors more sharply
 HEADS_PER_FORWARD = (1, 2, 4, 8, 16)
 FAST: dict[str, dict[str, Any]] = {
@@ -36,6 +37,18 @@ def sender_logits(result: Any) -> torch.Tensor:
     """Patched logits `[sender, batch]` of a PatchResult, in the order of `all_senders`."""
     heads, mlps = torch.as_tensor(result.head_logits), torch.as_tensor(result.mlp_logits)
     return torch.cat([heads.flatten(0, 1), mlps])
+
+
+def spot_check(
+    model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], workload: Workload, logits: torch.Tensor
+) -> Check:
+    """One sender a layer on the first prompts, literally: for batches whose literal run would take hours."""
+    first = {name: value[:CHECKED_PROMPTS] for name, value in inputs.items()}
+    senders = sample_senders(workload, workload.n_layers)
+    order = all_senders(workload)
+    found = logits[[order.index(sender) for sender in senders], :CHECKED_PROMPTS]
+    error = relative_error(found, HookPatching(model, **first).run(senders))
+    return Check("one forward per head with hooks, first prompts", error, LOGIT_BOUND).require(workload.name)
 
 
 class SpeedCase:
@@ -137,6 +150,7 @@ def run(record: Record, workload: Workload, rounds: int) -> None:
             "over_floor_best": timing.median / floor["best_seconds"],
             "flop_bound": workload.literal_flop / workload.flop,
             **{f"speedup_over_{other}": median / timing.median for other, median in seconds.items()},
+            "head_forwards_share": workload.n_layers * workload.n_heads / workload.n_senders,
             "senders_per_second": workload.n_senders * workload.batch / timing.median,
             "effect_error": checks[name][1],
             "noise_floor": float(max(result.noise_floor)),
