@@ -1,0 +1,226 @@
+// The only file that knows Python: turns tensors into views, repeats the checks that memory safety needs, calls.
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "pyarith/dlpack.h"
+#include "pyarith/ops.h"
+
+namespace py = pybind11;
+using namespace pyarith;
+
+namespace {
+
+PyTypeObject* tensor_type = nullptr;
+int (*view_of)(void*, DLTensor*) = nullptr;
+
+// A tensor argument; undefined for None. Sizes and strides are borrowed from the tensor.
+struct Tensor {
+    DLTensor view{};
+    bool defined = false;
+
+    void* data() const { return defined ? static_cast<char*>(view.data) + view.byte_offset : nullptr; }
+    int64_t size(int axis) const { return view.shape[axis]; }
+
+    DType dtype() const {
+        const auto [code, bits, lanes] = view.dtype;
+        if (lanes == 1 && code == 2 && bits == 32) return DType::f32;
+        if (lanes == 1 && code == 2 && bits == 16) return DType::f16;
+        if (lanes == 1 && code == 2 && bits == 64) return DType::f64;
+        if (lanes == 1 && code == 4 && bits == 16) return DType::bf16;
+        throw std::invalid_argument("a dtype that no kernel knows");
+    }
+    DType dtype_or(DType other) const { return defined ? dtype() : other; }
+};
+
+bool contiguous(const DLTensor& view, int from = 0) {
+    int64_t expected = 1;
+    for (int axis = view.ndim - 1; axis >= from; --axis) {
+        if (view.shape[axis] != 1 && view.strides[axis] != expected) return false;
+        expected *= view.shape[axis];
+    }
+    return true;
+}
+
+bool empty(const DLTensor& view) {
+    for (int axis = 0; axis < view.ndim; ++axis)
+        if (view.shape[axis] == 0) return true;
+    return false;
+}
+
+[[noreturn]] void refuse(const char* name, const std::string& expected) {
+    throw std::invalid_argument(std::string(name) + ": expected " + expected);
+}
+
+enum class Layout { contiguous, strided_rows };
+
+void expect(const char* name, const Tensor& tensor, int device, std::initializer_list<int64_t> shape,
+            std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
+    if (!tensor.defined) return;
+    const DLTensor& view = tensor.view;
+    if (view.device.device_type != device) refuse(name, device == 1 ? "a CPU tensor" : "a CUDA tensor");
+    bool fits = view.ndim == static_cast<int>(shape.size());
+    for (int axis = 0; fits && axis < view.ndim; ++axis) fits = view.shape[axis] == shape.begin()[axis];
+    if (!fits) refuse(name, "another shape");
+    bool known = false;
+    for (DType dtype : dtypes) known = known || tensor.dtype() == dtype;
+    if (!known) refuse(name, "a dtype that this kernel reads");
+    if (!empty(view) && !contiguous(view, layout == Layout::contiguous ? 0 : 1)) refuse(name, "a contiguous tensor");
+}
+
+Norm norm_of(const std::string& kind) {
+    if (kind == "rms") return Norm::rms;
+    if (kind == "rms1p") return Norm::rms1p;
+    if (kind == "layer") return Norm::layer;
+    refuse("kind", "rms, rms1p or layer");
+}
+
+Act act_of(const std::string& act) {
+    if (act == "silu") return Act::silu;
+    if (act == "gelu") return Act::gelu;
+    if (act == "gelu_tanh") return Act::gelu_tanh;
+    if (act == "relu") return Act::relu;
+    refuse("act", "silu, gelu, gelu_tanh or relu");
+}
+
+const char* const level_names[] = {"base", "avx2", "avx512"};
+
+AddNorm add_norm_of(const Tensor& row, const Tensor& delta, const Tensor& write, const Tensor& weight,
+                    const Tensor& bias, const Tensor& out, float eps, const std::string& kind, int device,
+                    std::initializer_list<DType> reads) {
+    if (!row.defined || row.view.ndim != 3) refuse("row", "[variant, batch, d_model]");
+    if (!weight.defined || !out.defined) refuse("weight and out", "tensors, not None");
+    const int64_t variants = row.size(0), batch = row.size(1), d_model = row.size(2);
+    expect("row", row, device, {variants, batch, d_model}, {DType::f32});
+    expect("delta", delta, device, {variants, batch, d_model}, reads);
+    expect("write", write, device, {batch, d_model}, {DType::f32});
+    expect("weight", weight, device, {d_model}, reads);
+    expect("bias", bias, device, {d_model}, reads);
+    expect("out", out, device, {variants, batch, d_model}, reads);
+    return {static_cast<float*>(row.data()), delta.data(), static_cast<const float*>(write.data()),
+            weight.data(), bias.data(), out.data(), variants, batch, d_model, eps, norm_of(kind),
+            delta.dtype_or(DType::f32), weight.dtype(), bias.dtype_or(DType::f32), out.dtype()};
+}
+
+void add_norm_cpu(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
+                  const std::string& kind, int threads) {
+    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, 1, {DType::f32, DType::bf16});
+    py::gil_scoped_release unlocked;
+    cpu::add_norm(op, threads);
+}
+
+void gated_act_cpu(Tensor gate, Tensor up, Tensor out, const std::string& act, int threads) {
+    if (!gate.defined || gate.view.ndim != 2 || !out.defined) refuse("gate and out", "[rows, d_mlp]");
+    const int64_t rows = gate.size(0), d_mlp = gate.size(1);
+    const DType dtype = gate.dtype();
+    expect("gate", gate, 1, {rows, d_mlp}, {DType::f32, DType::bf16}, Layout::strided_rows);
+    expect("up", up, 1, {rows, d_mlp}, {dtype}, Layout::strided_rows);
+    expect("out", out, 1, {rows, d_mlp}, {dtype}, Layout::strided_rows);
+    const GatedAct op{gate.data(), up.data(), out.data(), rows, d_mlp, gate.view.strides[0],
+                      up.defined ? up.view.strides[0] : 0, out.view.strides[0], act_of(act), dtype};
+    py::gil_scoped_release unlocked;
+    cpu::gated_act(op, threads);
+}
+
+void answer_logits_cpu(Tensor row, Tensor write, Tensor weight, Tensor bias, Tensor target_rows, Tensor target_bias,
+                       Tensor out, float eps, const std::string& kind, float scale, float softcap, int threads) {
+    if (!row.defined || row.view.ndim != 3) refuse("row", "[variant, batch, d_model]");
+    if (!target_rows.defined || target_rows.view.ndim != 3) refuse("target_rows", "[batch, k, d_model]");
+    if (!weight.defined || !out.defined) refuse("weight and out", "tensors, not None");
+    const int64_t variants = row.size(0), batch = row.size(1), d_model = row.size(2), k = target_rows.size(1);
+    const auto reads = {DType::f32, DType::bf16};
+    expect("row", row, 1, {variants, batch, d_model}, {DType::f32});
+    expect("write", write, 1, {batch, d_model}, {DType::f32});
+    expect("weight", weight, 1, {d_model}, reads);
+    expect("bias", bias, 1, {d_model}, reads);
+    expect("target_rows", target_rows, 1, {batch, k, d_model}, reads);
+    expect("target_bias", target_bias, 1, {batch, k}, {DType::f32});
+    expect("out", out, 1, {variants, batch, k}, {DType::f32});
+    const AnswerLogits op{static_cast<const float*>(row.data()), static_cast<const float*>(write.data()),
+                          weight.data(), bias.data(), target_rows.data(),
+                          static_cast<const float*>(target_bias.data()), static_cast<float*>(out.data()),
+                          variants, batch, k, d_model, eps, scale, softcap, norm_of(kind),
+                          weight.dtype(), bias.dtype_or(DType::f32), target_rows.dtype()};
+    py::gil_scoped_release unlocked;
+    cpu::answer_logits(op, threads);
+}
+
+#ifdef PYARITH_WITH_CUDA
+void add_norm_cuda(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
+                   const std::string& kind, uintptr_t stream) {
+    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, 2,
+                                   {DType::f32, DType::bf16, DType::f16});
+    if (const char* error = cuda::add_norm(op, stream)) throw std::runtime_error(error);
+}
+#endif
+
+void attach(py::type tensor, const std::string& cpu_limit) {
+    auto* api = static_cast<DLPackExchangeAPI*>(
+        py::capsule(tensor.attr("__dlpack_c_exchange_api__")).get_pointer<DLPackExchangeAPI>());
+    if (api->version.major != 1 || !api->dltensor_from_py_object_no_sync)
+        throw std::runtime_error("this torch has another DLPack exchange table than version 1");
+    tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());  // kept for the life of the process
+    view_of = api->dltensor_from_py_object_no_sync;
+    for (int i = 0; i < 3; ++i)
+        if (cpu_limit == level_names[i]) return cpu::limit(static_cast<cpu::Level>(i));
+    refuse("cpu_limit", "base, avx2 or avx512");
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["cpu_supported"] = level_names[static_cast<int>(cpu::supported())];
+    info["cpu_level"] = level_names[static_cast<int>(cpu::level())];
+#ifdef _OPENMP
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+#ifdef PYARITH_WITH_CUDA
+    info["cuda"] = true;
+    info["cuda_archs"] = PYARITH_CUDA_ARCHS;
+    info["cuda_version"] = PYARITH_CUDA_VERSION;
+#else
+    info["cuda"] = false;
+#endif
+    info["compiler"] = PYARITH_COMPILER;
+    return info;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Tensor> {
+    PYBIND11_TYPE_CASTER(Tensor, const_name("torch.Tensor | None"));
+
+    bool load(handle source, bool) {
+        if (source.is_none()) return true;
+        if (!tensor_type || !PyObject_TypeCheck(source.ptr(), tensor_type)) return false;
+        if (view_of(source.ptr(), &value.view) != 0) throw error_already_set();
+        value.defined = true;
+        return true;
+    }
+};
+
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native kernels of pyarith. Results go into the last tensor argument; None leaves an operand out.";
+    m.def("attach", &attach, py::arg("tensor_type"), py::kw_only(), py::arg("cpu_limit"),
+          "Take torch's table for viewing tensors, and lower the instruction set to at most cpu_limit.");
+    m.def("build_info", &build_info, "What was built and which instruction set runs.");
+    m.def("add_norm_cpu", &add_norm_cpu, py::arg("row"), py::arg("delta"), py::arg("write"), py::arg("weight"),
+          py::arg("bias"), py::arg("out"), py::kw_only(), py::arg("eps"), py::arg("kind"), py::arg("threads"));
+    m.def("gated_act_cpu", &gated_act_cpu, py::arg("gate"), py::arg("up"), py::arg("out"), py::kw_only(),
+          py::arg("act"), py::arg("threads"));
+    m.def("answer_logits_cpu", &answer_logits_cpu, py::arg("row"), py::arg("write"), py::arg("weight"),
+          py::arg("bias"), py::arg("target_rows"), py::arg("target_bias"), py::arg("out"), py::kw_only(),
+          py::arg("eps"), py::arg("kind"), py::arg("scale"), py::arg("softcap"), py::arg("threads"));
+#ifdef PYARITH_WITH_CUDA
+    m.def("add_norm_cuda", &add_norm_cuda, py::arg("row"), py::arg("delta"), py::arg("write"), py::arg("weight"),
+          py::arg("bias"), py::arg("out"), py::kw_only(), py::arg("eps"), py::arg("kind"), py::arg("stream"));
+#endif
+}

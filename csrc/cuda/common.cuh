@@ -1,0 +1,87 @@
+// Loads and stores of 8 elements at a time, dtype chosen at run time: the branch is the same for a whole launch, and
+// costs nothing beside the memory access it guards.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "pyarith/ops.h"
+
+namespace pyarith::cuda {
+
+constexpr int VECTOR = 8;
+
+__device__ inline float load_one(const void* data, DType dtype, int64_t i) {
+    if (dtype == DType::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    if (dtype == DType::f16) return __half2float(static_cast<const __half*>(data)[i]);
+    return static_cast<const float*>(data)[i];
+}
+
+__device__ inline void store_one(void* data, DType dtype, int64_t i, float x) {
+    if (dtype == DType::bf16)
+        static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+    else if (dtype == DType::f16)
+        static_cast<__half*>(data)[i] = __float2half_rn(x);
+    else
+        static_cast<float*>(data)[i] = x;
+}
+
+// Elements i .. i + 7 by 16-byte accesses: data is 16-byte aligned and i a multiple of 8.
+__device__ inline void load_vector(const void* data, DType dtype, int64_t i, float (&x)[VECTOR]) {
+    if (dtype == DType::f32) {
+        const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
+        const float4 low = p[0], high = p[1];
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+        return;
+    }
+    const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i);
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        float2 two;
+        if (dtype == DType::bf16)
+            two = make_float2(__uint_as_float(words[j] << 16), __uint_as_float(words[j] & 0xffff0000u));
+        else
+            two = __half22float2(*reinterpret_cast<const __half2*>(&words[j]));
+        x[2 * j] = two.x, x[2 * j + 1] = two.y;
+    }
+}
+
+__device__ inline void store_vector(void* data, DType dtype, int64_t i, const float (&x)[VECTOR]) {
+    if (dtype == DType::f32) {
+        float4* p = reinterpret_cast<float4*>(static_cast<float*>(data) + i);
+        p[0] = make_float4(x[0], x[1], x[2], x[3]);
+        p[1] = make_float4(x[4], x[5], x[6], x[7]);
+        return;
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if (dtype == DType::bf16) {
+            const __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * j], x[2 * j + 1]);
+            words[j] = *reinterpret_cast<const uint32_t*>(&two);
+        } else {
+            const __half2 two = __floats2half2_rn(x[2 * j], x[2 * j + 1]);
+            words[j] = *reinterpret_cast<const uint32_t*>(&two);
+        }
+    }
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + i) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Sum over the block, the same bits in every thread and in every run: a fixed tree within the warp, then over warps.
+// `shared` holds 32 floats; the leading barrier lets one array serve several sums in a row.
+__device__ inline float block_sum(float x, float* shared) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.0f;
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+}  // namespace pyarith::cuda

@@ -1,0 +1,73 @@
+// One declaration per op and device. Plain pointers and sizes; nothing here knows Python or torch.
+// Tensors are contiguous unless a stride is given; sizes and strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace pyarith {
+
+enum class DType : int { f32, bf16, f16, f64 };
+enum class Norm : int { rms, rms1p, layer };
+enum class Act : int { silu, gelu, gelu_tanh, relu };
+
+// row[v, b] += delta[v, b] + write[b]; out[v, b] = norm(row[v, b]). Null delta, write or bias means none.
+struct AddNorm {
+    float* row;         // [variants, batch, d_model]
+    const void* delta;  // like row, in delta_dtype
+    const float* write; // [batch, d_model]
+    const void* weight; // [d_model], in weight_dtype
+    const void* bias;   // [d_model], in bias_dtype
+    void* out;          // like row, in out_dtype
+    int64_t variants, batch, d_model;
+    float eps;
+    Norm kind;
+    DType delta_dtype, weight_dtype, bias_dtype, out_dtype;
+};
+
+// out = act(gate) * up, or act(gate) where up is null; all three in one dtype, out may be gate or up.
+struct GatedAct {
+    const void* gate;
+    const void* up;
+    void* out;
+    int64_t rows, d_mlp, gate_stride, up_stride, out_stride;
+    Act act;
+    DType dtype;
+};
+
+// h = norm(row[v, b] + write[b]); out[v, b, k] = cap(scale * (h . target[b, k]) + target_bias[b, k]).
+struct AnswerLogits {
+    const float* row;         // [variants, batch, d_model]
+    const float* write;       // [batch, d_model]
+    const void* weight;       // [d_model], in weight_dtype
+    const void* bias;         // [d_model], in bias_dtype
+    const void* target;       // [batch, k, d_model], in target_dtype
+    const float* target_bias; // [batch, k]
+    float* out;               // [variants, batch, k]
+    int64_t variants, batch, k, d_model;
+    float eps, scale, softcap;
+    Norm kind;
+    DType weight_dtype, bias_dtype, target_dtype;
+};
+
+namespace cpu {
+
+enum class Level : int { base, avx2, avx512 };
+
+// What this machine has, and the most that it may use (a limit can only lower it).
+Level supported();
+Level level();
+void limit(Level most);
+
+void add_norm(const AddNorm& op, int threads);
+void gated_act(const GatedAct& op, int threads);
+void answer_logits(const AnswerLogits& op, int threads);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// `stream` is the integer value of a cudaStream_t of the current device. Returns null, or CUDA's error text.
+const char* add_norm(const AddNorm& op, uintptr_t stream);
+
+}  // namespace cuda
+}  // namespace pyarith
