@@ -20,6 +20,7 @@ Pair = tuple[Array | None, Array | None]
 _COLOURS = "RdBu"  # lower than 0 red, higher blue
 _LOWERS, _RAISES, _UNKNOWN, _INK, _FAINT = "#c0392b", "#2c6fad", "#c8c8c8", "#303030", "#dddddd"
 _TEXT, _SMALL = 9, 7.5
+_PERCENT = "{x:.3g}%"
 _MLP_WIDTH = 1.1  # inches
 _NUMBERED = 130  # grids of at most this many heads have room for numbers
 
@@ -128,9 +129,9 @@ def _draw(effects: Mapping[str, Pair], title: str, threshold: float, columns: in
 def _scale(figure: Figure, axes: Axes, limit: float, threshold: float) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
-    percent = PercentFormatter(decimals=_decimals(limit))
+    percent = StrMethodFormatter(_PERCENT)
     bar = figure.colorbar(ScalarMappable(norm=Normalize(-limit, limit), cmap=_COLOURS), cax=axes, format=percent)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=_SMALL, colors=_INK, length=2)
@@ -139,10 +140,6 @@ def _scale(figure: Figure, axes: Axes, limit: float, threshold: float) -> None:
         bar.ax.axhline(100 * threshold, color="black", lw=1.2)
         label += f"\noutlined: below {100 * threshold:g}%"
     bar.set_label(label, fontsize=_TEXT, color=_INK)
-
-
-def _decimals(limit: float) -> int:
-    return 0 if limit > 4 else 1 if limit > 0.4 else 2
 
 
 def _ticks(size: int) -> list[int]:
@@ -192,7 +189,7 @@ def _heads(axes: Axes, effects: Array, limit: float, threshold: float, cell: tup
 
 
 def _mlps(axes: Axes, effects: Array, reach: float, alone: bool) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     layers = np.arange(len(effects))
     values = 100 * effects
@@ -203,7 +200,7 @@ def _mlps(axes: Axes, effects: Array, reach: float, alone: bool) -> None:
     axes.set_xlim(-1.08 * reach, 1.08 * reach)
     axes.set_ylim(len(effects) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(2, symmetric=True))
-    axes.xaxis.set_major_formatter(PercentFormatter(decimals=_decimals(reach)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter(_PERCENT))
     axes.grid(axis="x", color=_FAINT, lw=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("MLP", fontsize=_TEXT, color=_INK)
