@@ -33,7 +33,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'pyarith' has no attribute {name!r}; it has {sorted(_PUBLIC)}")
     module = _PUBLIC[name]
-    value = importlib.import_module(f"pyarith.{name}") if module is None else getattr(importlib.import_module(module), name)
+    value = (
+        importlib.import_module(f"pyarith.{name}") if module is None else getattr(importlib.import_module(module), name)
+    )
     globals()[name] = value
     return value
 

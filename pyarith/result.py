@@ -33,10 +33,6 @@ class RankedHead(NamedTuple):
     logit_change: float
 
 
-def _axes(text: str) -> Any:
-    return field(default=None, metadata={"axes": text})
-
-
 @dataclass(frozen=True, repr=False)
 class PatchResult:
     """Path patching of all heads and MLPs to the answer's logit.
@@ -66,20 +62,20 @@ class PatchResult:
     clean_log_probs: Array
     corrupted_log_probs: Array
     noise_floor: Array
-    head_logits: Array | None = _axes("layer, head, batch")
-    mlp_logits: Array | None = _axes("layer, batch")
-    identity_logits: Array | None = _axes("layer, batch")
-    mlp_identity_logits: Array | None = _axes("layer, batch")
-    head_log_probs: Array | None = _axes("layer, head, batch")
-    mlp_log_probs: Array | None = _axes("layer, batch")
-    identity_log_probs: Array | None = _axes("layer, batch")
-    mlp_identity_log_probs: Array | None = _axes("layer, batch")
-    head_foil_logits: Array | None = _axes("layer, head, batch, foil")
-    mlp_foil_logits: Array | None = _axes("layer, batch, foil")
-    identity_foil_logits: Array | None = _axes("layer, batch, foil")
-    mlp_identity_foil_logits: Array | None = _axes("layer, batch, foil")
-    clean_foil_logits: Array | None = _axes("batch, foil")
-    corrupted_foil_logits: Array | None = _axes("batch, foil")
+    head_logits: Array | None = None  # [layer, head, batch]
+    mlp_logits: Array | None = None  # [layer, batch]
+    identity_logits: Array | None = None  # [layer, batch]
+    mlp_identity_logits: Array | None = None  # [layer, batch]
+    head_log_probs: Array | None = None  # [layer, head, batch]
+    mlp_log_probs: Array | None = None  # [layer, batch]
+    identity_log_probs: Array | None = None  # [layer, batch]
+    mlp_identity_log_probs: Array | None = None  # [layer, batch]
+    head_foil_logits: Array | None = None  # [layer, head, batch, foil]
+    mlp_foil_logits: Array | None = None  # [layer, batch, foil]
+    identity_foil_logits: Array | None = None  # [layer, batch, foil]
+    mlp_identity_foil_logits: Array | None = None  # [layer, batch, foil]
+    clean_foil_logits: Array | None = None  # [batch, foil]
+    corrupted_foil_logits: Array | None = None  # [batch, foil]
     verification_error: float | None = None
     semantics: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +138,7 @@ class PatchResult:
         """
         effects, changes = self.head_effects, self.head_changes
         if effects is None or changes is None:
-            raise InputError("top: heads were not among the senders of this run; call fast_patch with senders=('heads',)")
+            raise InputError("top: heads were not among the senders; call fast_patch with senders=('heads',)")
         order = np.argsort(effects, axis=None, kind="stable")[:k]
         mean = changes.mean(-1, dtype=np.float64)
         heads = [Head(*map(int, np.unravel_index(i, effects.shape))) for i in order]
@@ -225,7 +221,8 @@ class PatchResult:
         record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
         found = record.pop("format", None)
         check(found == _FORMAT, f"directory: expected format {_FORMAT}, got {found} in {directory / _RECORD}")
-        return cls(**load_file(directory / _TENSORS), **record)
+        arrays: dict[str, Any] = load_file(directory / _TENSORS)
+        return cls(**arrays, **record)
 
     def _arrays(self) -> dict[str, Array]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -233,7 +230,7 @@ class PatchResult:
 
     @classmethod
     def merge(cls, parts: Sequence[PatchResult]) -> PatchResult:
-        """One result over the prompts of several (axis batch joined; noise floor and verification error: the largest)."""
+        """One result over the prompts of several; noise floor and verification error are the largest."""
         check(len(parts) > 0, "parts: expected at least one result, got none")
         if len(parts) == 1:
             return parts[0]

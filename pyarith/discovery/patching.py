@@ -27,8 +27,8 @@ _MLPS = {
         "MLPs and norms recomputed (the paper's; path_patching.path_patch to resid_post with direct_includes_mlps=True)"
     ),
     "frozen": (
-        "direct effect head -> logits: noising, sender patched at END, every other head and MLP frozen at its clean value, "
-        "final norm recomputed (path_patching.path_patch to resid_post with direct_includes_mlps=False)"
+        "direct effect head -> logits: noising, sender patched at END, every other head and MLP frozen at its clean "
+        "value, final norm recomputed (path_patching.path_patch to resid_post with direct_includes_mlps=False)"
     ),
 }
 _BATCH_KEYS = ("clean", "corrupted", "answers", "attention_mask", "corrupted_attention_mask", "foils")
@@ -161,7 +161,9 @@ def _backends(sites: ModelSites, backend: str) -> dict[str, str]:
     return dict.fromkeys(names, backend)
 
 
-def _batches(clean: Any, corrupted: Any, answers: Any, mask: Any, other_mask: Any, foils: Any) -> Iterator[dict[str, Any]]:
+def _batches(
+    clean: Any, corrupted: Any, answers: Any, mask: Any, other_mask: Any, foils: Any
+) -> Iterator[dict[str, Any]]:
     """One mapping of ``make_batch`` arguments per batch."""
     given = {
         "corrupted": corrupted,
@@ -179,7 +181,7 @@ def _batches(clean: Any, corrupted: Any, answers: Any, mask: Any, other_mask: An
     check(not extra, f"{extra}: expected inside each batch when clean is PromptPairs or an iterable of batches")
     if isinstance(clean, torch.Tensor) or not isinstance(clean, Iterable | PromptPairs):
         raise InputTypeError(
-            f"corrupted, answers: expected tensors beside clean (or clean as PromptPairs or an iterable of batches), got "
+            "corrupted, answers: expected tensors beside clean (or clean as PromptPairs or an iterable of batches), got "
             f"None with clean of type {type(clean).__name__}"
         )
     for number, item in enumerate([clean] if isinstance(clean, PromptPairs | Mapping) else clean):
@@ -206,7 +208,7 @@ def _settings(
     backends: dict[str, str],
     record: dict[str, Any],
 ) -> dict[str, Any]:
-    config = sites.model.config
+    config = sites.config
     return {
         "model": getattr(config, "_name_or_path", "") or type(sites.model).__name__,
         "family": sites.spec.name,
@@ -214,7 +216,7 @@ def _settings(
         "n_heads": sites.n_heads,
         "device": str(sites.device),
         "dtype": str(sites.dtype).removeprefix("torch."),
-        "attention": config._attn_implementation,
+        "attention": sites.attention,
         "senders": list(wanted),
         "mlps": mlps,
         "memory_budget": options.memory_budget,
@@ -254,4 +256,3 @@ class _Progress:
 
     def advance(self, n: int) -> None:
         self._base += n
-

@@ -71,9 +71,8 @@ def _ids(value: Any, name: str, dims: int, d_vocab: int) -> Tensor:
     low, high = int(tensor.min()), int(tensor.max())
     if low < 0 or high >= d_vocab:
         outside = ((tensor < 0) | (tensor >= d_vocab)).reshape(len(tensor), -1).any(1)
-        raise InputError(
-            f"{name}: expected token ids in [0, {d_vocab}), got {low if low < 0 else high} (prompts {name_prompts(outside)})"
-        )
+        got = low if low < 0 else high
+        raise InputError(f"{name}: expected token ids in [0, {d_vocab}), got {got} (prompts {name_prompts(outside)})")
     return tensor
 
 
@@ -89,7 +88,10 @@ def _mask(value: Any, name: str, ids: Tensor) -> Tensor:
 def _left_align(ids: Tensor, mask: Tensor, name: str) -> tuple[Tensor, Tensor]:
     lengths = mask.sum(1)
     empty = lengths == 0
-    check(not bool(empty.any()), f"{name}: expected at least one real token per prompt; prompts {name_prompts(empty)} have none")
+    check(
+        not bool(empty.any()),
+        f"{name}: expected at least one real token per prompt; prompts {name_prompts(empty)} have none",
+    )
     first = mask.int().argmax(1)
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
     holed = last - first + 1 != lengths
@@ -138,7 +140,7 @@ def make_batch(
     if bool(unequal.any()):
         first = int(unequal.nonzero()[0])
         raise InputError(
-            f"corrupted: expected the same number of tokens as clean in every pair; prompts {name_prompts(unequal)} differ "
+            f"corrupted: expected as many tokens as clean in every pair; prompts {name_prompts(unequal)} differ "
             f"(prompt {first}: clean {int(lengths[first])}, corrupted {int(corrupted_lengths[first])})"
         )
     same = clean_ids == corrupted_ids
@@ -147,11 +149,12 @@ def make_batch(
         not bool(equal.any()),
         f"corrupted: expected a token that differs from clean in every pair; prompts {name_prompts(equal)} are equal",
     )
-    limit = getattr(sites.model.config, "max_position_embeddings", None)
+    limit = getattr(sites.config, "max_position_embeddings", None)
     if sites.spec.learned_positions and limit is not None:
         long = lengths > limit
         check(
             not bool(long.any()),
-            f"clean: expected at most {limit} tokens (config.max_position_embeddings), prompts {name_prompts(long)} are longer",
+            f"clean: expected at most {limit} tokens (config.max_position_embeddings); "
+            f"prompts {name_prompts(long)} have more",
         )
     return Batch(clean_ids, corrupted_ids, lengths, same.int().cumprod(1).sum(1), targets)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from pyarith.engine.batch import Batch
 from pyarith.engine.guard import Hooks
-from pyarith.engine.packing import Packed, additive, causal, pack
+from pyarith.engine.packing import Packed, additive, causal, pack, pack_plain
 from pyarith.models.sites import ModelSites
+
+_MASKED_ATTENTION = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Captured:
             value = getattr(self, field.name)
             if value is not None:
                 yield field.name, value
+
+
+def takes_trees(sites: ModelSites) -> bool:
+    """Whether the model's attention takes a mask of ours; flash and flex kernels make their own."""
+    return sites.attention in _MASKED_ATTENTION
 
 
 def allocate(sites: ModelSites, n: int, mlps: bool) -> Captured:
@@ -105,20 +112,22 @@ def masks_for(sites: ModelSites, allowed: Callable[[int | None], Tensor]) -> Any
     by_window = {window: additive(allowed(window), sites.dtype) for window in set(sites.windows)}
     if not sites.spec.masks_by_layer_type:
         return by_window[sites.windows[0]]
-    types = sites.model.config.layer_types
+    types = sites.config.layer_types
     return {kind: by_window[window] for kind, window in zip(types, sites.windows, strict=True)}
 
 
 def run_decoder(sites: ModelSites, ids: Tensor, positions: Tensor, masks: Any, cache: Any) -> Tensor:
     """Decoder output [row, pos, d_model] (after the final norm)."""
-    return sites.decoder(
+    output = sites.decoder(
         input_ids=ids,
         attention_mask=masks,
         position_ids=positions,
         past_key_values=cache,
         use_cache=cache is not None,
         return_dict=True,
-    ).last_hidden_state
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 @contextmanager
@@ -161,8 +170,9 @@ def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> I
 
 def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, into: Captured, at: slice) -> None:
     """Run the pairs ``indices`` (clean and corrupted at once) and store END at ``into[..., at, :]``."""
-    packed = pack(batch, indices, prefix.length).to(sites.device)
-    masks = masks_for(sites, packed.allowed)
+    packed = pack(batch, indices, prefix.length) if takes_trees(sites) else pack_plain(batch, indices)
+    packed = packed.to(sites.device)
+    masks = masks_for(sites, packed.allowed) if packed.padding is None else packed.padding
     with recording(sites, packed, into, at):
         hidden = run_decoder(sites, packed.input_ids, packed.position_ids, masks, prefix.cache)
     prefix.forget(packed.input_ids.shape[1])

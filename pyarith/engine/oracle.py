@@ -7,6 +7,7 @@ own logits, once per model. ``verify`` re-runs chosen senders literally, every o
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ def _state(sites: ModelSites) -> tuple[Any, ...]:
         len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in sites.model.modules()
     )
     weights = tuple((p.data_ptr(), p._version) for p in sites.model.parameters())
-    return hooks, weights, sites.model.config._attn_implementation
+    return hooks, weights, sites.attention
 
 
 def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
@@ -103,8 +104,8 @@ def _compare(sites: ModelSites, where: str, found: Tensor, expected: Tensor, sca
         worst = int(error.flatten().argmax())
         raise SelfCheckError(
             f"self-check: family {sites.spec.name!r}, {where}: the family spec recomposes "
-            f"{float(found.flatten()[worst]):.6g}, the model itself has {float(expected.flatten()[worst]):.6g} (tolerance "
-            f"{tolerance(sites, scale):.2g}). The model does something that its family spec does not describe "
+            f"{float(found.flatten()[worst]):.6g}, the model itself has {float(expected.flatten()[worst]):.6g} "
+            f"(tolerance {tolerance(sites, scale):.2g}). The model does something that its family spec does not describe "
             "(a hook, an overridden forward, a changed block?); results would be wrong, so none are given"
         )
 
@@ -114,7 +115,8 @@ def _forward(sites: ModelSites, ids: Tensor) -> Tensor:
     ids = ids.to(sites.device)[None]
     positions = torch.arange(ids.shape[1], device=sites.device)[None]
     output = sites.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, return_dict=True)
-    return output.logits[0, -1].to(sites.row_dtype)
+    logits: Tensor = output.logits[0, -1]
+    return logits.to(sites.row_dtype)
 
 
 def literal(sites: ModelSites, clean: Tensor, corrupted: Tensor, target: int, sender: Sender, frozen: bool) -> float:
@@ -124,26 +126,39 @@ def literal(sites: ModelSites, clean: Tensor, corrupted: Tensor, target: int, se
         clean, corrupted: int64 [pos] one unpadded prompt each.
         frozen: freeze the MLPs (except the sender) as well.
     """
-    store: dict[str, dict[nn.Module, Tensor]] = {"clean": {}, "corrupted": {}}
-    for name, ids in (("clean", clean), ("corrupted", corrupted)):
-        with Hooks() as hooks:
-            for block in sites.blocks:
-                hooks.before(block.o_proj, lambda x, m=block.o_proj, s=store[name]: s.__setitem__(m, x.clone()))
-                hooks.after(block.mlp_write, lambda x, m=block.mlp_write, s=store[name]: s.__setitem__(m, x.clone()))
-            _forward(sites, ids)
+    own, other = _run_storing(sites, clean), _run_storing(sites, corrupted)
     with Hooks() as hooks:
         for layer, block in enumerate(sites.blocks):
-            z = store["clean"][block.o_proj]
-            write = store["clean"][block.mlp_write]
-            own = layer == sender.layer
-            if own and sender.head is not None:
-                heads = z.unflatten(-1, (sites.n_heads, sites.d_head))
-                other = store["corrupted"][block.o_proj].unflatten(-1, (sites.n_heads, sites.d_head))
-                heads[:, -1, sender.head] = other[:, -1, sender.head]  # a view: z changes too
-            hooks.before(block.o_proj, lambda _, value=z: value)
-            if own and sender.head is None:
-                write = torch.cat([write[:, :-1], store["corrupted"][block.mlp_write][:, -1:]], 1)
-                hooks.after(block.mlp_write, lambda _, value=write: value)
-            elif frozen:
-                hooks.after(block.mlp_write, lambda _, value=write: value)
+            z, write = own[block.o_proj], own[block.mlp_write]
+            sends = layer == sender.layer
+            if sends and sender.head is not None:
+                columns = slice(sender.head * sites.d_head, (sender.head + 1) * sites.d_head)
+                z[:, -1, columns] = other[block.o_proj][:, -1, columns]
+            if sends and sender.head is None:
+                write[:, -1] = other[block.mlp_write][:, -1]
+            hooks.before(block.o_proj, _always(z))
+            if frozen or (sends and sender.head is None):
+                hooks.after(block.mlp_write, _always(write))
         return float(_forward(sites, clean)[target])
+
+
+def _run_storing(sites: ModelSites, ids: Tensor) -> dict[nn.Module, Tensor]:
+    """z of every layer (by its projection) and every MLP write (by its module), at all positions."""
+    store: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module) -> Callable[[Tensor], None]:
+        def call(x: Tensor) -> None:
+            store[module] = x.clone()
+
+        return call
+
+    with Hooks() as hooks:
+        for block in sites.blocks:
+            hooks.before(block.o_proj, keep(block.o_proj))
+            hooks.after(block.mlp_write, keep(block.mlp_write))
+        _forward(sites, ids)
+    return store
+
+
+def _always(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: value

@@ -9,6 +9,7 @@ the pairs of a block stand one after the other in a single row, so that the stor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Packed:
         pair, branch: int64 [row, pos]; pair -1 marks padding.
         clean_end, corrupted_end: int64 [pair], flat indices into [row * pos].
         prefix: number of stored tokens in front of every row.
+        padding: int64 [row, pos], 1 for real tokens, in the plain layout; None for trees.
     """
 
     input_ids: Tensor
@@ -37,9 +39,10 @@ class Packed:
     clean_end: Tensor
     corrupted_end: Tensor
     prefix: int
+    padding: Tensor | None = None
 
     def to(self, device: torch.device) -> Packed:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Packed(**moved)
 
     def allowed(self, window: int | None) -> Tensor:
@@ -72,19 +75,30 @@ def causal(length: int, window: int | None, device: torch.device) -> Tensor:
     return allowed[None, None]
 
 
-def tree_lengths(batch: Batch, prefix: int) -> Tensor:
+def pair_tokens(batch: Batch, prefix: int, trees: bool) -> Tensor:
     """int64 [batch]: tokens that a pair occupies behind the stored prefix."""
-    return 2 * batch.lengths - batch.shared - prefix
+    return 2 * batch.lengths - (batch.shared + prefix if trees else 0)
+
+
+def pack_plain(batch: Batch, indices: Tensor) -> Packed:
+    """Clean and corrupted prompts as rows of their own, for attention kernels that take no mask of ours."""
+    lengths = batch.lengths[indices].repeat(2)
+    width = int(lengths.max())
+    ids = torch.cat([batch.clean[indices, :width], batch.corrupted[indices, :width]])
+    padding = (torch.arange(width) < lengths[:, None]).long()
+    positions = (padding.cumsum(1) - 1).clamp_min(0)
+    end = torch.arange(len(ids)) * width + lengths - 1
+    clean_end, corrupted_end = end.chunk(2)
+    pair = torch.arange(len(indices)).repeat(2)[:, None].expand_as(ids)
+    return Packed(ids, positions, pair, torch.zeros_like(ids), clean_end, corrupted_end, 0, padding)
 
 
 def pack(batch: Batch, indices: Tensor, prefix: int) -> Packed:
-    """Lay out the pairs ``indices``: one row per pair, or a single row when a prefix is stored."""
+    """Lay out the pairs ``indices`` as trees: one row per pair, or a single row when a prefix is stored."""
     ids, positions, pairs, branches, ends = [], [], [], [], []
     for number, i in enumerate(indices.tolist()):
         length, shared = int(batch.lengths[i]), int(batch.shared[i])
-        ids.append(
-            torch.cat([batch.clean[i, prefix:length], batch.corrupted[i, shared:length]])
-        )
+        ids.append(torch.cat([batch.clean[i, prefix:length], batch.corrupted[i, shared:length]]))
         positions.append(torch.cat([torch.arange(prefix, length), torch.arange(shared, length)]))
         branch = torch.full((len(ids[-1]),), _CLEAN)
         branch[: shared - prefix] = _SHARED
@@ -95,12 +109,14 @@ def pack(batch: Batch, indices: Tensor, prefix: int) -> Packed:
     end = torch.tensor(ends)
     if prefix:
         start = torch.tensor([0, *(len(p) for p in pairs[:-1])]).cumsum(0)
-        rows = [torch.cat(parts)[None] for parts in (ids, positions, pairs, branches)]
+        ids_row, positions_row, pairs_row, branches_row = (
+            torch.cat(parts)[None] for parts in (ids, positions, pairs, branches)
+        )
     else:
         width = max(map(len, ids))
         start = torch.arange(len(ids)) * width
-        rows = [
+        ids_row, positions_row, pairs_row, branches_row = (
             torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
             for parts, value in ((ids, 0), (positions, 0), (pairs, _PAD), (branches, _SHARED))
-        ]
-    return Packed(*rows, start + end[:, 0], start + end[:, 1], prefix)
+        )
+    return Packed(ids_row, positions_row, pairs_row, branches_row, start + end[:, 0], start + end[:, 1], prefix)

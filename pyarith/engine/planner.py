@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyarith.engine import capture
 from pyarith.engine.batch import Batch
-from pyarith.engine.packing import tree_lengths
+from pyarith.engine.packing import pair_tokens
 from pyarith.engine.replay import Replay
 from pyarith.errors import InputError, MemoryBudgetError, check
 from pyarith.models.sites import ModelSites
@@ -117,7 +117,7 @@ class Planner:
 
     def __init__(self, sites: ModelSites, replay: Replay, batch: Batch, prefix: int, mlps: bool) -> None:
         self.sites, self.replay, self.prefix = sites, replay, prefix
-        self.tree = tree_lengths(batch, prefix)
+        self.pair = pair_tokens(batch, prefix, capture.takes_trees(sites))
         self.n = len(batch)
         self._stored = capture.bytes_per_prompt(sites, mlps)
         width = max((m.width for m in replay.mlps), default=0) or 8 * sites.d_model
@@ -126,14 +126,14 @@ class Planner:
         size = sites.dtype.itemsize
         # a Hugging Face MLP holds gate, activation, up and their product at once; attention holds q, k, v twice (RoPE)
         self._per_token = size * (8 * sites.d_model + 2 * width)
-        scores = sites.n_heads if sites.model.config._attn_implementation == "eager" else 0
+        scores = sites.n_heads if sites.attention == "eager" else 0
         # mask: two dtypes per window kind while it is made; eager attention also holds two copies of its scores
         self._per_key = size * (len(set(sites.windows)) + 2 * scores) + 6
         kv = sites.n_layers * 4 * sites.n_heads * sites.d_head * size
         self._prefix_bytes = prefix * (kv + self._per_token) + prefix**2 * self._per_key if prefix else 0
 
     def _capture_bytes(self, tokens: int) -> int:
-        longest = int(self.tree.max())
+        longest = int(self.pair.max())
         tokens = max(tokens, longest)
         keys = self.prefix + (tokens if self.prefix else longest)
         return tokens * self._per_token + tokens * keys * self._per_key
@@ -144,7 +144,7 @@ class Planner:
         block = max(plan.rows, plan.prompts)
         post = 2 * (self.sites.n_heads + 1) * plan.prompts * self.sites.d_model * self.sites.row_dtype.itemsize
         replayed = rows * self.replay.bytes_per_row() + block * self.replay.bytes_per_work_row() + post
-        captured = self._capture_bytes(min(plan.tokens, plan.prompts * int(self.tree.max())))
+        captured = self._capture_bytes(min(plan.tokens, plan.prompts * int(self.pair.max())))
         return self._prefix_bytes + plan.prompts * self._stored + max(replayed, captured)
 
     def plan(self, budget: int | None) -> Plan:
@@ -157,16 +157,17 @@ class Planner:
         budget = free_bytes(self.sites.device) // 2 if budget is None else budget
         plan = Plan(min(self.n, _MAX_PROMPTS), _MAX_TOKENS.get(kind, 2048), _MAX_ROWS.get(kind, 512))
         # the three sizes cost differently; shrink what is dearest relative to what it buys
+        longest = int(self.pair.max())
         while self.bytes(plan) > budget:
             options = [
                 replace(plan, prompts=max(1, plan.prompts * 3 // 4)) if plan.prompts > 1 else plan,
-                replace(plan, tokens=plan.tokens // 2) if plan.tokens > int(self.tree.max()) else plan,
+                replace(plan, tokens=plan.tokens // 2) if plan.tokens > longest else plan,
                 replace(plan, rows=plan.rows // 2) if plan.rows > 1 else plan,
             ]
             smaller = [option for option in options if self.bytes(option) < self.bytes(plan)]
             if not smaller:
                 raise MemoryBudgetError(
-                    f"memory_budget: expected at least {self.bytes(plan)} bytes (one prompt of {int(self.tree.max())} tokens), "
+                    f"memory_budget: expected at least {self.bytes(plan)} bytes (one pair of {longest} tokens), "
                     f"got {budget}; raise the budget or shorten the prompts"
                 )
             plan = min(smaller, key=self.bytes)
@@ -176,7 +177,7 @@ class Planner:
     def forecast(self, plan: Plan) -> Forecast:
         """FLOP of the matrix products, peak bytes, and seconds at the measured GEMM rate."""
         layers = self.sites.n_layers
-        tokens = self.prefix + int(self.tree.sum())
+        tokens = self.prefix + int(self.pair.sum())
         alive, rows = 0, 0
         for entry in self.replay.entries[:layers]:
             alive = entry.stop if entry else alive
@@ -197,7 +198,7 @@ class Planner:
             current: list[int] = []
             total = longest = 0
             for i in block.tolist():
-                length = int(self.tree[i])
+                length = int(self.pair[i])
                 # behind a stored prefix pairs stand one after the other, otherwise in rows of the longest
                 tokens = total + length if self.prefix else max(longest, length) * (len(current) + 1)
                 if current and tokens > plan.tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ def split(n: int, size: int) -> list[tuple[int, int]]:
     """[0, n) in equal blocks of at most ``size``."""
     count = -(-n // size)
     edges = [n * i // count for i in range(count + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def split_norm(
@@ -73,8 +74,8 @@ def read_unembed(sites: ModelSites) -> Projection:
     projection = read_projection(sites.unembed)
     if projection is None:
         raise UnsupportedModelError(
-            f"model: family {sites.spec.name!r}: expected {sites.spec.unembed} to be a plain nn.Linear without hooks or "
-            f"parametrisations, found {type(sites.unembed).__name__}"
+            f"model: family {sites.spec.name!r}: expected {sites.spec.unembed} to be a plain nn.Linear without hooks "
+            f"or parametrisations, found {type(sites.unembed).__name__}"
         )
     return projection
 
@@ -98,7 +99,7 @@ class Readout:
         x: Tensor,
         log_probs: bool,
     ) -> RowLogits:
-        """Logits of rows[a:b]; rows below ``before`` first receive ``waiting`` and ``write``; x is scratch for the norm."""
+        """Logits of rows[a:b]; those below ``before`` first receive ``waiting`` and ``write``; x is scratch."""
         w = self.norm.weights
         cut = min(max(before, a), b)
         pieces = [(a, cut, write), (cut, b, None)]

@@ -125,22 +125,24 @@ class Mlp:
 class Replay:
     """The replay of one model; buffers are made once and reused for every block of prompts."""
 
-    def __init__(self, sites: ModelSites, backend: str, *, heads: bool, mlps: bool, frozen: bool, log_probs: bool) -> None:
+    def __init__(
+        self, sites: ModelSites, backend: str, *, heads: bool, mlps: bool, frozen: bool, log_probs: bool
+    ) -> None:
         self.sites, self.backend, self.frozen, self.log_probs = sites, backend, frozen, log_probs
         self.entries = entry_plan(sites, heads, mlps)
         self.frozen_entries = frozen_entries(sites, heads, mlps)
         self.w_o = [head_outputs(sites, block.o_proj) for block in sites.blocks] if heads else []
-        self.attn_post = [self._norm(block.attn_post_norm) for block in sites.blocks]
-        self.mlp_norms = [self._norm(block.mlp_norm) for block in sites.blocks]
+        self.attn_post = [self._optional_norm(block.attn_post_norm) for block in sites.blocks]
+        self.mlp_norms = [Norm(sites, block.mlp_norm, backend) for block in sites.blocks]
         self.mlps = [Mlp(sites, block.mlp, backend) for block in sites.blocks]
-        self.mlp_post = [self._norm(block.mlp_post_norm) for block in sites.blocks]
-        self.final_norm = self._norm(sites.final_norm)
+        self.mlp_post = [self._optional_norm(block.mlp_post_norm) for block in sites.blocks]
+        self.final_norm = Norm(sites, sites.final_norm, backend)
         self.unembed = read_unembed(sites)
-        # a residual in the GEMM's own dtype takes the MLP's result in the GEMM; otherwise it waits for the next add_norm
+        # rows in the GEMM's own dtype take the MLP's result in the GEMM; otherwise it waits for the next add_norm
         self.direct = sites.dtype == sites.row_dtype and self.mlp_post[0] is None
         self._work: dict[str, Tensor] = {}
 
-    def _norm(self, module: nn.Module | None) -> Norm | None:
+    def _optional_norm(self, module: nn.Module | None) -> Norm | None:
         return None if module is None else Norm(self.sites, module, self.backend)
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyarith.engine import oracle
 from pyarith.engine.batch import Batch, name_prompts
-from pyarith.engine.capture import Captured, Prefix, allocate, capture
+from pyarith.engine.capture import Captured, Prefix, allocate, capture, takes_trees
 from pyarith.engine.oracle import Sender
 from pyarith.engine.planner import Plan, Planner
 from pyarith.engine.readout import Readout
@@ -61,8 +61,8 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
         log_probs=options.log_probs,
     )
     oracle.attach(sites, replay, batch)
-    length = batch.common_prefix
-    length = length if length >= _MIN_PREFIX and len(batch) > 1 else 0
+    length = batch.common_prefix if takes_trees(sites) and len(batch) > 1 else 0
+    length = length if length >= _MIN_PREFIX else 0
     planner = Planner(sites, replay, batch, length, options.mlps)
     plan = planner.plan(options.memory_budget)
     arrays, timings, plan = _sweep(sites, batch, replay, planner, plan, options)
@@ -87,7 +87,7 @@ def _sweep(
     sites: ModelSites, batch: Batch, replay: Replay, planner: Planner, plan: Plan, options: Options
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, float], Plan]:
     """All blocks, with half the block size after each out-of-memory."""
-    order = planner.tree.argsort(stable=True)
+    order = planner.pair.argsort(stable=True)
     collector = _Collector(sites, replay, batch, options)
     timings = {"capture": 0.0, "replay": 0.0}
     start = time.perf_counter()
@@ -103,19 +103,23 @@ def _sweep(
                 if options.progress is not None:
                     options.progress(done, len(order))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            smaller = plan.halved() if _is_out_of_memory(error) else None
-            if smaller is None:
-                if _is_out_of_memory(error):
-                    raise MemoryBudgetError(
-                        f"out of memory even with one prompt at a time ({error}); free memory on {sites.device} or "
-                        "use a smaller model"
-                    ) from error
+            if not _is_out_of_memory(error):
                 raise
-            plan = smaller
+            plan = _smaller(plan, sites, error)
             replay.release()
             prefix = Prefix(sites, batch.clean[0, : planner.prefix])
     replay.release()
     return collector.arrays, timings, plan
+
+
+def _smaller(plan: Plan, sites: ModelSites, error: BaseException) -> Plan:
+    smaller = plan.halved()
+    if smaller is None:
+        raise MemoryBudgetError(
+            f"memory_budget: out of memory on {sites.device} with one prompt and one row at a time ({error}); free "
+            "memory there or load the model in a smaller dtype"
+        ) from error
+    return smaller
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -215,15 +219,17 @@ class _Collector:
         """logits [..., batch, target], lse [..., batch]."""
         at = () if layer is None else (layer,)
 
-        def store(metric: str, value: Tensor, *last: Any) -> None:
-            target = self.arrays.get(f"{name}_{metric}")
-            if target is not None:
-                target[at][(..., index, *last)] = value.numpy()
-
-        store("logits", logits[..., 0])
-        store("foil_logits", logits[..., 1:], slice(None))
+        values = {"logits": logits[..., 0], "foil_logits": logits[..., 1:]}
         if lse is not None:
-            store("log_probs", logits[..., 0] - lse)
+            values["log_probs"] = logits[..., 0] - lse
+        for metric, value in values.items():
+            target = self.arrays.get(f"{name}_{metric}")
+            if target is None:
+                continue
+            if metric == "foil_logits":
+                target[at][..., index, :] = value.numpy()
+            else:
+                target[at][..., index] = value.numpy()
 
 
 def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> str:
@@ -242,7 +248,7 @@ def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> s
                         f"non-finite values: layer {layer}, tensor {name} (prompts {name_prompts(prompts)}); the model "
                         f"overflows {sites.dtype}: load it in fp32 or bf16"
                     )
-    return f"non-finite values in the replayed rows only: patched activations overflow {sites.dtype}; load the model in fp32"
+    return f"non-finite values: only in replayed rows; patched activations overflow {sites.dtype}: load it in fp32"
 
 
 def _verify(sites: ModelSites, batch: Batch, arrays: dict[str, np.ndarray[Any, Any]], options: Options) -> float:
@@ -270,8 +276,8 @@ def _verify(sites: ModelSites, batch: Batch, arrays: dict[str, np.ndarray[Any, A
             if not error <= tolerance:
                 what = f"head {sender.layer}.{sender.head}" if sender.head is not None else f"MLP {sender.layer}"
                 raise SelfCheckError(
-                    f"verification: family {sites.spec.name!r}, {what}, prompt {i}: a literal re-run gives logit {found:.6g}, "
-                    f"the replay {float(replayed[i]):.6g} (tolerance {tolerance:.2g}); no result is given"
+                    f"verification: family {sites.spec.name!r}, {what}, prompt {i}: a literal re-run gives logit "
+                    f"{found:.6g}, the replay {float(replayed[i]):.6g} (tolerance {tolerance:.2g}); no result is given"
                 )
     return worst
 

@@ -63,6 +63,15 @@ class ModelSites:
     dtype: torch.dtype
 
     @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation that the model runs."""
+        return str(self.config._attn_implementation)
+
+    @property
     def n_layers(self) -> int:
         return len(self.blocks)
 
@@ -90,10 +99,10 @@ def resolve(model: Any) -> ModelSites:
         "load one with transformers.AutoModelForCausalLM.from_pretrained",
         InputTypeError,
     )
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
-            "model: PEFT adapters are not supported yet; merge them first (model.merge_and_unload()) and pass the result"
+            "model: PEFT adapters are not supported yet; merge them (model.merge_and_unload()) and pass the result"
         )
     check(
         hasattr(config, "model_type"),
@@ -109,7 +118,9 @@ def resolve(model: Any) -> ModelSites:
             "follow; a new causal family is one FamilySpec in pyarith.models.families (see CONTRIBUTING.md)"
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("model: quantised weights are not supported yet; load the model in fp32, bf16 or fp16")
+        raise UnsupportedModelError(
+            "model: quantised weights are not supported yet; load the model in fp32, bf16 or fp16"
+        )
     for attribute, reason in spec.refuse_if:
         if getattr(config, attribute, False):
             raise UnsupportedModelError(f"model: family {spec.name!r} with config.{attribute} is refused: {reason}")
@@ -158,7 +169,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
             return find(block, path, where) if path else None
 
         o_proj = find(block, spec.o_proj, where)
-        weight = o_proj.weight
+        weight: Any = o_proj.weight
         # nn.Linear keeps [out, in], Conv1D [in, out]
         found = weight.shape[1] if isinstance(o_proj, nn.Linear) else weight.shape[0]
         if found != n_heads * d_head:
@@ -182,6 +193,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
             f"found {len(blocks)}"
         )
     unembed = find(model, spec.unembed, "model")
+    unembed_weight: Any = unembed.weight
     parallel = getattr(config, spec.parallel) if isinstance(spec.parallel, str) else spec.parallel
     return ModelSites(
         model=model,
@@ -195,7 +207,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         n_heads=n_heads,
         d_head=d_head,
         d_model=config.hidden_size,
-        d_vocab=unembed.weight.shape[0],
+        d_vocab=unembed_weight.shape[0],
         windows=_windows(config, len(blocks)),
         device=device,
         dtype=dtype,

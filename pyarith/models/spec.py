@@ -21,8 +21,11 @@ class MlpSpec:
     gate_up: str | None = None
 
     @property
-    def gated(self) -> bool:
-        return self.gate is not None or self.gate_up is not None
+    def first(self) -> str:
+        """The projection that feeds the activation."""
+        name = self.gate_up or self.gate or self.up
+        assert name is not None
+        return name
 
 
 @dataclass(frozen=True, kw_only=True)

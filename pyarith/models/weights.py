@@ -7,6 +7,7 @@ adapter, hooks, a parametrisation, an overridden forward): the engine then calls
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +85,14 @@ def _from_library(module: nn.Module, class_name: str) -> bool:
     return kind.__name__ == class_name and kind.__module__.startswith(("transformers.", "torch.nn."))
 
 
-def read_norm(sites: ModelSites, norm: nn.Module) -> NormWeights | None:
+def read_norm(sites: ModelSites, norm: Any) -> NormWeights | None:
     if not (is_plain(norm) and _from_library(norm, sites.spec.norm_class)):
         return None
     eps = getattr(norm, "variance_epsilon", None)
     return NormWeights(sites.spec.norm, norm.weight, getattr(norm, "bias", None), norm.eps if eps is None else eps)
 
 
-def read_projection(module: nn.Module) -> Projection | None:
+def read_projection(module: Any) -> Projection | None:
     if not is_plain(module):
         return None
     if type(module) is nn.Linear:
@@ -105,14 +106,14 @@ def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
     layout = sites.spec.mlp_spec
     if not (is_plain(mlp) and _from_library(mlp, layout.class_name)):
         return None
-    act_module = getattr(mlp, layout.act)
+    act_module = mlp.get_submodule(layout.act)
     act = _ACTS.get(type(act_module).__name__) if is_plain(act_module) else None
-    gate = read_projection(getattr(mlp, layout.gate_up or layout.gate or layout.up))
-    up = read_projection(getattr(mlp, layout.up)) if layout.gate else None
-    down = read_projection(getattr(mlp, layout.down))
-    if act is None or gate is None or down is None or (layout.gate and up is None):
+    first = read_projection(mlp.get_submodule(layout.first))
+    up = read_projection(mlp.get_submodule(layout.up)) if layout.gate and layout.up else None
+    down = read_projection(mlp.get_submodule(layout.down))
+    if act is None or first is None or down is None or (layout.gate and up is None):
         return None
-    return MlpWeights(gate, up, down, act, fused=layout.gate_up is not None)
+    return MlpWeights(first, up, down, act, fused=layout.gate_up is not None)
 
 
 def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
@@ -124,7 +125,7 @@ def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     projection = read_projection(o_proj)
     if projection is None:
         raise UnsupportedModelError(
-            f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D without "
-            f"hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks or merge the adapter first"
+            f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D "
+            f"without hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks or merge the adapter first"
         )
     return projection.matrix.unflatten(0, (sites.n_heads, sites.d_head))
