@@ -1,0 +1,62 @@
+"""Rankings and prompts as rows, for CSV files."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyarith.discovery.discover import Discovery
+from pyarith.result import PatchResult
+
+Row = Mapping[str, Any]
+
+
+def head_rows(result: PatchResult, threshold: float = -0.05) -> list[Row]:
+    """All heads, the most negative effect first: rank, layer, head, effect, logit_change, noise_floor, key (0 or 1)."""
+    rows = sorted(_rows(result, "head"), key=lambda row: (math.isnan(row["effect"]), row["effect"]))
+    return [{"rank": i, **row, "key": int(row["effect"] < threshold)} for i, row in enumerate(rows, start=1)]
+
+
+def mlp_rows(result: PatchResult) -> list[Row]:
+    """All MLPs, the largest effect of either sign first: rank, layer, effect, logit_change, noise_floor."""
+    rows = sorted(_rows(result, "mlp"), key=lambda row: (math.isnan(row["effect"]), -abs(row["effect"])))
+    return [{"rank": i, **{k: v for k, v in row.items() if k != "head"}} for i, row in enumerate(rows, start=1)]
+
+
+def _rows(result: PatchResult, kind: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "kind"} for row in result.rows() if row["kind"] == kind]
+
+
+def prompt_rows(discovery: Discovery) -> list[Row]:
+    """Every prompt with what the model made of it, and its strata."""
+    pairs, result = discovery.pairs, discovery.result
+    p_clean, p_corrupted = np.exp(result.clean_log_probs), np.exp(result.corrupted_log_probs)
+    return [
+        {
+            "prompt": pairs.prompts[i],
+            "corrupted": pairs.corrupted_prompts[i],
+            "answer": pairs.answer_texts[i],
+            "correct": int(discovery.correct[i]),
+            "still_correct": int(discovery.still_correct[i]),
+            "clean_logit": float(result.clean_logits[i]),
+            "corrupted_logit": float(result.corrupted_logits[i]),
+            "p_clean": float(p_clean[i]),
+            "p_corrupted": float(p_corrupted[i]),
+            **{name: values[i] for name, values in pairs.strata.items()},
+        }
+        for i in range(len(pairs))
+    ]
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Rows with the same keys, as UTF-8 with a header; floats as short as they can be read back exactly."""
+    rows = list(rows)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
