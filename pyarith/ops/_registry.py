@@ -128,7 +128,7 @@ class ReportRow:
 def report(dtype: torch.dtype = torch.float32) -> list[ReportRow]:
     """Every op and every backend name with the reason why it cannot run (None where it can)."""
     rows = []
-    for op, known in _table.items():
+    for op, known in sorted(_table.items()):
         for name in ORDER:
             devices = known[name].devices if name in known else ()
             reason = why_not(op, name, torch.device(devices[0] if devices else "cpu"), dtype)

@@ -1,0 +1,112 @@
+"""Inputs and oracles of every op: used by the op's own tests and by the checks that run at each CPU level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from pyarith import ops
+
+SIZES = (1, 3, 17, 127)
+NATIVE = (torch.float32, torch.bfloat16)
+LEVELS = ("base", "avx2", "avx512")
+Make = Callable[..., torch.Tensor]
+
+
+def name_of(value: object) -> str:
+    """Short parameter ids: bfloat16 instead of torch.bfloat16."""
+    return str(value).removeprefix("torch.")
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element further into a fresh buffer: no vector access of it is aligned."""
+    buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return buffer[1:].view(tensor.shape).copy_(tensor)
+
+
+def oracle_add_norm(row, delta, write, weight, bias, eps, kind):
+    """(row, out) in fp64, written apart from the library's reference."""
+    x = row.double()
+    for addend in (delta, write):
+        x = x if addend is None else x + addend.double()
+    weight, d_model = weight.double(), x.shape[-1]
+    if kind == "layer":
+        return x, F.layer_norm(x, (d_model,), weight, None if bias is None else bias.double(), eps)
+    return x, F.rms_norm(x, (d_model,), weight + (1 if kind == "rms1p" else 0), eps)
+
+
+def eager_add_norm(row, delta, write, weight, bias, eps, kind, out_dtype):
+    """Plain PyTorch: fp32 rows and norm, cast at the end."""
+    x = row.clone()
+    for addend in (delta, write):
+        x = x if addend is None else x + addend.float()
+    weight, d_model = weight.float(), x.shape[-1]
+    if kind == "layer":
+        return F.layer_norm(x, (d_model,), weight, None if bias is None else bias.float(), eps).to(out_dtype)
+    return F.rms_norm(x, (d_model,), weight + (1 if kind == "rms1p" else 0), eps).to(out_dtype)
+
+
+def eager_gated_act(gate, up, act):
+    """Plain PyTorch in the dtype of the inputs."""
+    if act == "gelu_tanh":
+        value = F.gelu(gate, approximate="tanh")
+    else:
+        value = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[act](gate)
+    return value if up is None else value * up
+
+
+def oracle_gated_act(gate, up, act):
+    return eager_gated_act(gate.double(), None if up is None else up.double(), act)
+
+
+def plain_answer_logits(dtype, row, write, weight, bias, eps, kind, targets, target_bias, scale, softcap):
+    """Plain PyTorch with everything in one dtype: fp64 is the oracle, fp32 the yardstick."""
+    cast = [None if t is None else t.to(dtype) for t in (row, write, weight, bias, targets, target_bias)]
+    row, write, weight, bias, targets, target_bias = cast
+    x, d_model = row if write is None else row + write, row.shape[-1]
+    if kind == "layer":
+        hidden = F.layer_norm(x, (d_model,), weight, bias, eps)
+    else:
+        hidden = F.rms_norm(x, (d_model,), weight + (1 if kind == "rms1p" else 0), eps)
+    logits = scale * (hidden[:, :, None] * targets).sum(-1)
+    logits = logits if target_bias is None else logits + target_bias
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def samples() -> dict[str, list[tuple]]:
+    """Positional arguments of the torch entries, for opcheck and compilation: each op with and without its options."""
+    row, write, weight, bias = make(3, 2, 17), make(2, 17), make(17), make(17, seed=1)
+    gate, targets = make(5, 17), make(2, 4, 17)
+    dz, w_o = make(2, 3, 4), make(17, 12).T.view(3, 4, 17)
+    return {
+        "add_norm": [
+            (row.clone(), make(3, 2, 17, seed=2), write, weight, None, torch.empty(3, 2, 17), 1e-5, "rms"),
+            (row.clone(), None, None, weight, bias, torch.empty(3, 2, 17, dtype=torch.bfloat16), 1e-5, "layer"),
+        ],
+        "gated_act": [
+            (gate, make(5, 17, seed=3), torch.empty(5, 17), "silu"),
+            (gate, None, torch.empty(5, 17), "gelu"),
+        ],
+        "answer_logits": [
+            (row, write, weight, None, targets, make(2, 4), torch.empty(3, 2, 4), 1e-5, "rms1p", 0.5, 30.0),
+            (row, None, weight, bias, targets, None, torch.empty(3, 2, 4), 1e-5, "layer", 1.0, 0.0),
+        ],
+        "head_write_rows": [
+            (dz, w_o, make(2, 17), torch.empty(3, 2, 17)),
+            (dz, w_o, None, torch.empty(3, 2, 17)),
+        ],
+    }
+
+
+def entry(op: str):
+    return getattr(torch.ops.pyarith, op).default
+
+
+assert set(samples()) == {row.op for row in ops.report()}, "an op without samples would go unchecked"
