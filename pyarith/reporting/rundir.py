@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyarith import __version__
 from pyarith.discovery.discover import Discovery
 from pyarith.errors import InputError, check
 from pyarith.reporting.fingerprint import data_hash, model_fingerprint
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 RECORD = "run.json"
 _FORMAT = 1
-_PACKAGES = ("pyarith", "torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
 
 def versions() -> dict[str, str | None]:
     """Version of Python and of each package that can change a number; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"pyarith": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -138,7 +139,7 @@ class RunDirectory:
             seconds: wall-clock time of each step.
             revision: the commit of a hub model, where it is known.
         """
-        first = next((run["patching"] for run in self._runs.values()), {})
+        first: dict[str, Any] = next((run["patching"] for run in self._runs.values()), {})
         parameters = list(model.parameters())
         record = {
             "tool": "pyarith",

@@ -1,0 +1,45 @@
+"""The command line. Commands import what they need when they run, so that ``pyarith --help`` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pyarith.cli.command_demo import demo
+from pyarith.cli.command_discover import discover
+from pyarith.cli.command_doctor import doctor
+
+app = typer.Typer(
+    name="pyarith",
+    help="Which attention heads and MLPs of a language model carry a behaviour: exact path patching of all of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(discover)
+app.command()(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pyarith import __version__
+
+        print(f"pyarith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the command ``pyarith``."""
+    app(prog_name="pyarith")

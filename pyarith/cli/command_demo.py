@@ -1,0 +1,79 @@
+"""``pyarith demo``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyarith.cli.terminal import Terminal, reported
+
+_OPERATORS = ("+", "-", "*", "/")
+_MEANING = """\
+What this shows: how far the answer's logit moves, exactly, when one head or MLP gets its output at
+  the last token from the corrupted prompt and all other heads keep theirs.
+What it does not show: that a large model works this way (this one is tiny and was trained on such
+  prompts), or that a head is needed (that takes a knock-out). Heads that only move operands are not
+  seen with corrupted operators; try --corruption operands.
+"""
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory; an earlier run in it is replaced.")] = Path("runs/demo"),
+    n: Annotated[int, typer.Option("--n", "-n", help="Prompts per operator.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    corruption: Annotated[str, typer.Option(help="operator, operand_a, operand_b or operands.")] = "operator",
+    top: Annotated[int, typer.Option(help="Heads to print.", min=1)] = 10,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Which heads of the shipped model do its arithmetic: all heads and MLPs, four operators, in seconds."""
+    terminal = Terminal()
+    with reported(debug):
+        from pyarith.cli.arithmetic import Prompts, explore, show, write
+        from pyarith.cli.terminal import quiet_libraries
+        from pyarith.reporting import RunDirectory
+
+        start = time.perf_counter()
+        run = RunDirectory(out)
+        with terminal.step("Loading the demo model"):
+            from pyarith.demo import load_demo
+
+            quiet_libraries()
+            model, tokenizer = load_demo()
+        loaded = time.perf_counter() - start
+        prompts = Prompts(_OPERATORS, corruption, n, seed)
+        found = explore(terminal, model, tokenizer, prompts)
+        found.seconds = {"loading": loaded, **found.seconds}
+        size = sum(p.numel() for p in model.parameters())
+        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        terminal.line(f"The demo model: {size / 1e6:.1f} million parameters, {layers} layers of {heads} heads")
+        show(terminal, found.discoveries, top)
+        settings = {"n": n, "seed": seed, "corruption": corruption, "operators": list(_OPERATORS)}
+        files = write(
+            run,
+            found,
+            model,
+            command="demo",
+            name="pyarith demo model",
+            title=f"pyarith demo model, corruption: {corruption}",
+            settings=settings,
+            prompts=prompts,
+        )
+        terminal.line()
+        terminal.line(
+            "Shows: how far each head and MLP moves the answer's logit, exactly, when only its output at the last"
+        )
+        terminal.line("       token comes from the corrupted prompt.")
+        terminal.line(
+            "Not:   that a large model does it this way (this one is tiny and was trained on these prompts), or that a"
+        )
+        terminal.line(
+            "       head is needed (a knock-out says that); corrupted operators miss heads that only move operands:"
+        )
+        terminal.line("       --corruption operands shows those.")
+        terminal.line()
+        for file in files:
+            terminal.line(f"Wrote {file}")
+        terminal.line(f"Took {time.perf_counter() - start:.1f} s")
