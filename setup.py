@@ -67,7 +67,9 @@ class BuildExtension(build_ext):
         arguments = cmake_arguments(output)
         # One folder per configuration: a stale CMake cache would otherwise decide what is built. Compilers are
         # not arguments, but CMake reads them from these variables.
-        compilers = [f"{key}={os.environ.get(key, '')}" for key in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")]
+        compilers = [
+            f"{key}={os.environ.get(key, '')}" for key in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")
+        ]
         key = hashlib.sha256("\n".join([sys.version, *arguments, *compilers]).encode()).hexdigest()[:12]
         folder = Path(self.build_temp).resolve() / key
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,4 +78,5 @@ class BuildExtension(build_ext):
         subprocess.run([tool("cmake"), "--build", str(folder), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("pyarith._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("pyarith._C", sources=[])], cmdclass={"build_ext": BuildExtension})

@@ -6,7 +6,7 @@ torch is imported first on purpose: its OpenMP runtime is then the one that the 
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ _load_error = ""
 _forked = False
 
 
-def _load() -> ModuleType | None:
+def _load() -> Any:
     global _load_error
     try:
         from pyarith import _C
@@ -40,7 +40,7 @@ def _after_fork() -> None:
     _forked = True
 
 
-C = _load()
+C = _load()  # None where it is not built: `why_not_cpu` then keeps its callers away
 os.register_at_fork(after_in_child=_after_fork)
 
 

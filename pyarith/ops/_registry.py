@@ -65,7 +65,9 @@ def define(op: str, schema: str, check: Callable[..., torch.dtype], backends: di
     """
     unknown = set(backends) - set(ORDER)
     if unknown or "reference" not in backends or op in _table:
-        raise InputError(f"define {op!r}: new op with backends of {ORDER} and a reference expected, got {list(backends)}")
+        raise InputError(
+            f"define {op!r}: new op with backends of {ORDER} and a reference expected, got {list(backends)}"
+        )
     _table[op] = {name: backends[name] for name in ORDER if name in backends}
 
     def fake(*args: Any, backend: str = "auto") -> None:

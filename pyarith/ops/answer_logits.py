@@ -1,4 +1,4 @@
-"""`answer_logits`: final norm and a few unembedding rows per prompt; `vocab_logsumexp` for the rest of the vocabulary."""
+"""`answer_logits`: final norm and a few unembedding rows per prompt; `vocab_logsumexp`: the whole vocabulary."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def reference(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
 def _cpu(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
     out_rows = _rows(out)
     if out_rows is None:
-        raise InputError(f"out: expected rows at one distance with a contiguous last dimension, got strides {out.stride()}")
+        raise InputError(
+            f"out: expected rows at one distance with a contiguous last dimension, got strides {out.stride()}"
+        )
     gate_rows = _rows(gate)
     if gate_rows is None:
         gate_rows = gate.reshape(-1, gate.shape[-1]).contiguous()

@@ -1,21 +1,16 @@
 """Runs every C++ kernel with each tensor flush against an unreadable page, and checks the numbers against fp64.
 
 A read or write one byte outside a tensor ends the process with a segmentation fault; the last line printed names the
-case. Run by test_registry.py once for each instruction set (environment variable PYARITH_CPU).
+case. Run by test_registry.py once for each instruction set (PYARITH_CPU), with tests/ on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 from itertools import product
-from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
 from cases import (
     NATIVE,
     eager_add_norm,
@@ -45,7 +40,11 @@ def guarded(tensor: torch.Tensor, side: str) -> torch.Tensor:
     for page in (address, address + PAGE + inner):
         assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0, ctypes.get_errno()
     offset = PAGE + (inner - size if side == "end" else 0)
-    return torch.frombuffer(region, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape).copy_(tensor)
+    return (
+        torch.frombuffer(region, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        .view(tensor.shape)
+        .copy_(tensor)
+    )
 
 
 def check_add_norm(d, dtype, kind, place):
@@ -80,7 +79,9 @@ def check_answer_logits(d, dtype, kind, place):
     plain = (row, write, weight, bias, 1e-5, kind, targets, target_bias, 0.5, 20.0)
     placed = [place(t) if isinstance(t, torch.Tensor) else t for t in plain[:8]]
     out = ops.answer_logits(*placed, scale=0.5, softcap=20.0, out=place(torch.empty(2, 3, 2)), backend="cpu")
-    assert_within_rule(out, plain_answer_logits(torch.float32, *plain), plain_answer_logits(torch.float64, *plain), "out")
+    assert_within_rule(
+        out, plain_answer_logits(torch.float32, *plain), plain_answer_logits(torch.float64, *plain), "out"
+    )
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import NATIVE, SIZES, eager_add_norm, make, misaligned, name_of, oracle_add_norm
+from tolerances import assert_within_rule
 
 from pyarith import ops
 from pyarith.errors import InputError
-from cases import NATIVE, SIZES, eager_add_norm, make, misaligned, name_of, oracle_add_norm
-from tolerances import assert_within_rule
 
 EPS = 1e-5
 
@@ -91,7 +91,9 @@ def test_other_strides_are_right():
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_empty(shape, backend):
     row = torch.empty(shape)
-    out = ops.add_norm(row, row.clone(), torch.empty(shape[1:]), torch.empty(shape[2]), None, EPS, "rms", backend=backend)
+    out = ops.add_norm(
+        row, row.clone(), torch.empty(shape[1:]), torch.empty(shape[2]), None, EPS, "rms", backend=backend
+    )
     assert out.shape == shape
 
 
@@ -112,6 +114,26 @@ def test_nan_and_inf_stay_in_their_row():
     assert out[0, 0].isnan().all() and out[0, 1].isnan().any() and out[0, 2].isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("d_model", (*SIZES, 768, 8192, 16384, 20000))
+@pytest.mark.parametrize("dtype", (*NATIVE, torch.float16), ids=name_of)
+def test_cuda_kernel_against_fp64(kind, d_model, dtype):
+    # 768 .. 16384 take the paths that keep a row in registers, odd sizes and 20000 the one that reads it twice
+    row, delta, write = make(3, 5, d_model), make(3, 5, d_model, dtype=dtype, seed=2), make(5, d_model, seed=3)
+    weight, bias = make(d_model, dtype=dtype, seed=1), make(d_model, dtype=dtype, seed=4) if kind == "layer" else None
+    oracle_row, oracle_out = oracle_add_norm(row, delta, write, weight, bias, EPS, kind)
+    eager = eager_add_norm(row, delta, write, weight, bias, EPS, kind, dtype)
+    for place in (torch.Tensor.cuda, lambda t: misaligned(t).cuda()):
+        results = []
+        for _ in range(3):
+            moved = [None if t is None else place(t) for t in (row, delta, write, weight, bias)]
+            results.append((ops.add_norm(*moved, EPS, kind, backend="cuda").cpu(), moved[0].cpu()))
+        assert_within_rule(results[0][0], eager, oracle_out, "out")
+        assert_within_rule(results[0][1], row + delta + write, oracle_row, "row")
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
 def arguments(**changed):
     known = dict(row=make(2, 3, 17), delta=None, write=None, weight=make(17), bias=None, eps=EPS, kind="rms")
     return known | changed
@@ -126,7 +148,10 @@ def arguments(**changed):
         (dict(delta=make(2, 3, 16)), "delta: expected shape [variant, batch, d_model] = (2, 3, 17), got (2, 3, 16)"),
         (dict(write=make(2, 17)), "write: expected shape [batch, d_model] = (3, 17), got (2, 17)"),
         (dict(weight=make(16)), "weight: expected shape [d_model] = (17,), got (16,)"),
-        (dict(weight=torch.ones(17, dtype=torch.int64)), "weight: expected dtype bfloat16, float16, float32, float64; got int64"),
+        (
+            dict(weight=torch.ones(17, dtype=torch.int64)),
+            "weight: expected dtype bfloat16, float16, float32, float64; got int64",
+        ),
         (dict(weight=torch.ones(17, device="meta")), "weight: expected device cpu"),
         (dict(bias=make(17)), "bias: only kind 'layer' has one"),
         (dict(kind="batch"), "kind: expected one of rms, rms1p, layer; got 'batch'"),

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from cases import NATIVE, SIZES, make, misaligned, name_of, plain_answer_logits
+from tolerances import assert_within_rule, error
 
 from pyarith import ops
 from pyarith.errors import InputError
-from cases import NATIVE, SIZES, make, misaligned, name_of, plain_answer_logits
-from tolerances import assert_within_rule, error
 
 EPS = 1e-5
 
@@ -40,7 +40,14 @@ def test_kernel_against_fp64(kind, d_model, dtype, k):
     for place in (torch.Tensor.clone, misaligned):
         moved = [None if t is None else place(t) for t in (row, write, weight, bias, targets, target_bias)]
         out = ops.answer_logits(
-            *moved[:4], EPS, kind, *moved[4:], scale=scale, softcap=softcap, out=torch.full((3, 5, k), torch.nan), backend="cpu"
+            *moved[:4],
+            EPS,
+            kind,
+            *moved[4:],
+            scale=scale,
+            softcap=softcap,
+            out=torch.full((3, 5, k), torch.nan),
+            backend="cpu",
         )
         assert torch.equal(moved[0], row), "row must not change"
         assert_within_rule(out, eager, oracle)
@@ -77,7 +84,10 @@ def test_empty(variant, batch, k, d_model, backend):
     "changed, words",
     (
         (dict(target_rows=make(3, 17)), "target_rows: expected [batch, k, d_model], got shape (3, 17)"),
-        (dict(target_rows=make(2, 1, 17)), "target_rows: expected shape [batch, k, d_model] = (3, 1, 17), got (2, 1, 17)"),
+        (
+            dict(target_rows=make(2, 1, 17)),
+            "target_rows: expected shape [batch, k, d_model] = (3, 1, 17), got (2, 1, 17)",
+        ),
         (dict(target_bias=make(3, 2)), "target_bias: expected shape [batch, k] = (3, 1), got (3, 2)"),
         (dict(softcap=-1.0), "softcap: expected 0 (none) or a positive number, got -1.0"),
         (dict(out=torch.empty(2, 3, 1, dtype=torch.float64)), "out: expected dtype float32; got float64"),
@@ -87,7 +97,9 @@ def test_empty(variant, batch, k, d_model, backend):
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
 def test_refusals_name_the_argument(changed, words):
-    known = dict(row=make(2, 3, 17), write=None, weight=make(17), bias=None, eps=EPS, kind="rms", target_rows=make(3, 1, 17))
+    known = dict(
+        row=make(2, 3, 17), write=None, weight=make(17), bias=None, eps=EPS, kind="rms", target_rows=make(3, 1, 17)
+    )
     with pytest.raises(InputError) as caught:
         ops.answer_logits(**(known | changed))
     assert words in str(caught.value)

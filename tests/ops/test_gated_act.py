@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from cases import NATIVE, SIZES, eager_gated_act, make, misaligned, name_of, oracle_gated_act
+from tolerances import assert_within_rule
 
 from pyarith import ops
 from pyarith.errors import InputError
-from cases import NATIVE, SIZES, eager_gated_act, make, misaligned, name_of, oracle_gated_act
-from tolerances import assert_within_rule
 
 
 def test_reference_by_hand():
@@ -38,7 +38,9 @@ def test_kernel_against_fp64(act, d_mlp, dtype, gated):
 @pytest.mark.parametrize("act", ops.ACTS)
 def test_every_value_within_ulps(act):
     # elementwise, so that a wrong branch far out cannot hide behind the largest value
-    gate = torch.cat([torch.linspace(-20, 20, 40001), torch.linspace(-1e-3, 1e-3, 2001), torch.tensor([-500.0, 500.0])])[None]
+    gate = torch.cat(
+        [torch.linspace(-20, 20, 40001), torch.linspace(-1e-3, 1e-3, 2001), torch.tensor([-500.0, 500.0])]
+    )[None]
     wide = gate.double()
     if act == "gelu":  # 1 + erf(x) cancels in fp64, too
         oracle = 0.5 * wide * torch.special.erfc(-wide / math.sqrt(2))
@@ -50,7 +52,11 @@ def test_every_value_within_ulps(act):
     # Relative to each value: the exponent's own rounding grows with its size. Below e^-88 only the size is kept.
     allowed = oracle.abs() * 2.0**-20 * (1 + wide.abs()) + 1e-35
     worst = ((got - oracle).abs() / allowed).argmax()
-    assert ((got - oracle).abs() <= allowed).all(), (gate[0, worst].item(), got[0, worst].item(), oracle[0, worst].item())
+    assert ((got - oracle).abs() <= allowed).all(), (
+        gate[0, worst].item(),
+        got[0, worst].item(),
+        oracle[0, worst].item(),
+    )
 
 
 def test_halves_of_a_fused_projection():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import make, name_of
+from tolerances import assert_within_rule
 
 from pyarith import ops
 from pyarith.errors import InputError
-from cases import make, name_of
-from tolerances import assert_within_rule
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
@@ -50,7 +50,9 @@ def test_against_fp64(backend, layout, dtype, batch, head, d_head, d_model):
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_empty(shape, backend):
     batch, head, d_head, d_model = shape
-    out = ops.head_write_rows(torch.ones(batch, d_model), torch.ones(batch, head, d_head), torch.ones(head, d_head, d_model), backend=backend)
+    out = ops.head_write_rows(
+        torch.ones(batch, d_model), torch.ones(batch, head, d_head), torch.ones(head, d_head, d_model), backend=backend
+    )
     assert out.shape == (head, batch, d_model)
 
 

@@ -101,7 +101,9 @@ def test_auto_takes_the_kernel_and_steps_down():
 
 def test_by_name_runs_or_says_why():
     gate = make(2, 3, dtype=torch.float64)
-    with pytest.raises(BackendError, match=r"gated_act: backend 'cpu' cannot run on cpu in torch.float64: the C\+\+ kernels"):
+    with pytest.raises(
+        BackendError, match=r"gated_act: backend 'cpu' cannot run on cpu in torch.float64: the C\+\+ kernels"
+    ):
         ops.gated_act(gate, backend="cpu")
     with pytest.raises(BackendError, match="gated_act has no triton implementation"):
         ops.gated_act(gate, backend="triton")
@@ -109,7 +111,7 @@ def test_by_name_runs_or_says_why():
         ops.add_norm(make(1, 1, 3), None, None, make(3), None, 1e-5, "rms", backend="cuda")
     with pytest.raises(InputError, match="backend: expected one of auto, cpu, cuda, triton, reference; got 'gpu'"):
         ops.gated_act(gate, backend="gpu")
-    with pytest.raises(InputError, match="op: expected one of add_norm, .*; got 'norm_add'"):
+    with pytest.raises(InputError, match=r"op: expected one of add_norm, .*; got 'norm_add'"):
         ops.backend_of("norm_add")
 
 
@@ -151,16 +153,28 @@ def test_the_extension_repeats_what_memory_safety_needs():
         (dict(weight="a string"), "incompatible function arguments"),
         (dict(kind="none"), "kind: expected rms, rms1p or layer"),
     ):
-        known = dict(row=row, delta=None, write=None, weight=weight, bias=None, out=torch.empty(2, 3, 8), eps=0.0, kind="rms", threads=1)
+        known = dict(
+            row=row,
+            delta=None,
+            write=None,
+            weight=weight,
+            bias=None,
+            out=torch.empty(2, 3, 8),
+            eps=0.0,
+            kind="rms",
+            threads=1,
+        )
         with pytest.raises((ValueError, TypeError, RuntimeError, BufferError)) as caught:
             _C.add_norm_cpu(**(known | changed))
         assert words in str(caught.value) or changed.keys() == {"weight"}, caught.value
 
 
-def python(code_or_file, *args, **environment):
+def python(*arguments, **environment):
+    """Run a fresh interpreter that can import the test helpers, too."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, *args, *([code_or_file] if str(code_or_file).endswith(".py") else ["-c", code_or_file])],
-        env=os.environ | environment,
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
         timeout=100,
@@ -173,14 +187,14 @@ def test_every_cpu_level_against_fp64_and_guard_pages(level):
     supported = ops.native_info()["cpu_supported"]
     if LEVELS.index(level) > LEVELS.index(supported):
         pytest.skip(f"this processor has {supported}, not {level}")
-    done = python(str(Path(__file__).with_name("guard_check.py")), PYARITH_CPU=level)
+    done = python(Path(__file__).with_name("guard_check.py"), PYARITH_CPU=level)
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0, f"exit {done.returncode} in: {last}\n{done.stderr[-2000:]}"
     assert last == f"done at {level}"
 
 
 def test_an_unknown_cpu_level_is_refused():
-    done = python("import pyarith.ops", PYARITH_CPU="sse9")
+    done = python("-c", "import pyarith.ops", PYARITH_CPU="sse9")
     assert "PYARITH_CPU: expected one of base, avx2, avx512; got 'sse9'" in done.stderr
 
 
@@ -197,4 +211,4 @@ if child == 0:
     os._exit(0 if (ops.gated_act(gate, backend="cpu").numpy() == expected.numpy()).all() else 3)
 assert os.waitpid(child, 0)[1] == 0
 """
-    assert python(code).returncode == 0
+    assert python("-c", code).returncode == 0

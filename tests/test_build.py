@@ -1,0 +1,163 @@
+"""What can be known of the build without building the package and without a GPU.
+
+CUDA kernels are compiled, not run: no test here shows that they are right on a device.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+CXX = shutil.which("g++") or shutil.which("c++")
+ARCHS = {
+    "80": "arch=compute_80,code=sm_80",
+    "90a": "arch=compute_90a,code=sm_90a",
+    "100": "arch=compute_100,code=sm_100",
+}
+
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler on PATH")
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("pyarith_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def compiled(*command, cwd):
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_cuda_compiles_without_spills(source, arch, tmp_path):
+    nvcc = load_setup().nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: CUDA kernels are not compiled here")
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-DNDEBUG",
+        "--expt-relaxed-constexpr",
+        "-Xptxas=-v",
+        f"-I{CSRC}",
+        f"-gencode={ARCHS[arch]}",
+    ]
+    log = compiled(nvcc, *flags, "-c", source, "-o", "kernel.o", cwd=tmp_path)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert spills, log
+    assert all(pair == ("0", "0") for pair in spills), log
+    assert "C7510" not in log, "ptxas serialised wgmma: " + log
+    assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 128, log
+
+
+@needs_compiler
+def test_rows_are_laid_over_blocks(tmp_path):
+    (tmp_path / "check.cpp").write_text("""
+#include "cuda/plan.h"
+#include <cstdio>
+using pyarith::cuda::row_plan;
+int main() {
+    for (long d = 1; d < 40000; ++d)
+        for (int aligned = 0; aligned < 2; ++aligned) {
+            if (aligned && d % 8) continue;
+            const auto plan = row_plan(d, aligned, 8);
+            bool right = plan.threads % 32 == 0 && plan.threads >= 32 && plan.threads <= 1024;
+            if (plan.vectors) right = right && aligned && 8L * plan.vectors * plan.threads >= d;
+            if (aligned && d <= 16384) right = right && plan.vectors;
+            if (!right) { std::printf("%ld %d: %d %d\\n", d, aligned, plan.threads, plan.vectors); return 1; }
+        }
+    static_assert(row_plan(768, true, 8).threads == 96 && row_plan(768, true, 8).vectors == 1, "");
+    static_assert(row_plan(8192, true, 8).threads == 512 && row_plan(8192, true, 8).vectors == 2, "");
+}
+""")
+    compiled(CXX, "-std=c++17", f"-I{CSRC}", "check.cpp", "-o", "check", cwd=tmp_path)
+    compiled("./check", cwd=tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "source", sorted(p for p in (CSRC / "cpu").glob("*.cpp") if p.stem != "launch"), ids=lambda p: p.stem
+)
+def test_kernels_share_no_inline_function(source, tmp_path):
+    """A weak symbol compiled with AVX-512 could become the copy that every level calls: illegal on older processors.
+
+    Also shows that the base kernels build without OpenMP and without any instruction set flag.
+    """
+    compiled(CXX, "-std=c++17", "-O2", "-Wno-psabi", f"-I{CSRC}", "-c", source, "-o", "kernel.o", cwd=tmp_path)
+    flags = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
+    if "x86" in compiled(CXX, "-dumpmachine", cwd=tmp_path):
+        compiled(
+            CXX,
+            "-std=c++17",
+            "-O2",
+            "-fopenmp",
+            "-Wno-psabi",
+            f"-I{CSRC}",
+            *flags,
+            "-c",
+            source,
+            "-o",
+            "kernel.o",
+            cwd=tmp_path,
+        )
+    if shutil.which("nm") is None:
+        pytest.skip("compiled, but no nm to list symbols with")
+    shared = [
+        line for line in compiled("nm", "-C", "kernel.o", cwd=tmp_path).splitlines() if re.search(r" [WVu] ", line)
+    ]
+    assert all("DW.ref.__gxx_personality" in line for line in shared), shared
+
+
+def test_cuda_switch(monkeypatch):
+    setup = load_setup()
+
+    def arguments():
+        return setup.cmake_arguments(Path("out"))
+
+    monkeypatch.setenv("PYARITH_CUDA", "yes")
+    with pytest.raises(SystemExit, match="PYARITH_CUDA: expected 0, 1 or auto; got 'yes'"):
+        arguments()
+    monkeypatch.setattr(setup, "nvcc", lambda: None)
+    monkeypatch.setattr(setup, "tool", lambda name: name)
+    monkeypatch.setenv("PYARITH_CUDA", "1")
+    with pytest.raises(SystemExit, match="PYARITH_CUDA=1 but no nvcc was found"):
+        arguments()
+    monkeypatch.setenv("PYARITH_CUDA", "auto")
+    pytest.importorskip("pybind11")
+    assert "-DPYARITH_CUDA=0" in arguments()
+    monkeypatch.setattr(setup, "nvcc", lambda: "/somewhere/nvcc")
+    assert {"-DPYARITH_CUDA=auto", "-DCMAKE_CUDA_COMPILER=/somewhere/nvcc"} <= set(arguments())
+    monkeypatch.setenv("PYARITH_CUDA", "0")
+    assert not any("nvcc" in argument for argument in arguments())
+
+
+def test_every_demo_file_is_package_data():
+    project = pyproject()
+    demo = ROOT / "pyarith" / "demo"
+    patterns = project["tool"]["setuptools"]["package-data"]["pyarith.demo"]
+    packed = {path for pattern in patterns for path in demo.glob(pattern)}
+    there = {path for path in demo.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there <= packed, there - packed
+    assert sum(path.stat().st_size for path in packed) < 10 * 2**20
+
+
+def test_constraints_are_plain_pins_of_known_dependencies():
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in pins), pins
+    project = pyproject()["project"]
+    required = {re.split(r"[>=<]", line)[0] for line in project["dependencies"]}
+    assert required <= {line.split("==")[0] for line in pins}
