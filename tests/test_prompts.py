@@ -142,7 +142,7 @@ def test_difference_may_not_ripple_into_neighbours():
 
 
 def test_same_answer_and_unknown_answer():
-    with pytest.raises(AlignmentError, match="1 of 3.*has the same answer"):
+    with pytest.raises(AlignmentError, match=r"1 of 3.*has the same answer"):
         pairs(byte_level(), corrupted_answers=["1", "8", "2"])
     assert len(pairs(byte_level(), corrupted_answers=["1", "2", "2"])) == 3
     with pytest.raises(AlignmentError, match="does not know the answer"):

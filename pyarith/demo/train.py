@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 EVALUATION_SEED = 10_000_019  # its stream of problems is not the training stream
 POOL = 1024  # lines drawn at a time
 SETTINGS: dict[str, Any] = {
-    **{"seed": 0, "steps": 7000, "tokens": 2048, "lr": 2e-3, "warmup": 200, "weight_decay": 0.1, "clip": 1.0},
-    **{"layers": 6, "heads": 8, "d_model": 128, "d_mlp": 384, "weak": "/", "weak_target": 0.55, "threads": 1},
+    **{"seed": 0, "steps": 4000, "tokens": 2048, "lr": 2e-3, "warmup": 200, "weight_decay": 0.1, "clip": 1.0},
+    **{"layers": 6, "heads": 8, "d_model": 128, "d_mlp": 384, "weak": "/", "weak_target": 0.5, "threads": 1},
+    **{"early_layers": 2, "early_rate": 0.05},
 }
 
 
@@ -112,6 +113,25 @@ def build_model(tokenizer: Any, settings: dict[str, Any]) -> Any:
     )
 
 
+def parameter_groups(model: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Weight decay on matrices only; the attention of the first `early_layers` layers learns slowly."""
+    groups = {(slow, decayed): [] for slow in (False, True) for decayed in (False, True)}
+    early = tuple(f"model.layers.{layer}.self_attn." for layer in range(settings["early_layers"]))
+    for name, parameter in model.named_parameters():
+        groups[name.startswith(early) if early else False, parameter.ndim > 1].append(parameter)
+    rate, decay = settings["lr"], settings["weight_decay"]
+    return [
+        {
+            "params": parameters,
+            "lr": rate * (settings["early_rate"] if slow else 1.0),
+            "peak": rate * (settings["early_rate"] if slow else 1.0),
+            "weight_decay": decay if decayed else 0.0,
+        }
+        for (slow, decayed), parameters in groups.items()
+        if parameters
+    ]
+
+
 def train(out: Path, settings: dict[str, Any]) -> dict[str, float]:
     """Train with `settings`, save everything to `out`, return the accuracy table."""
     import torch
@@ -121,21 +141,14 @@ def train(out: Path, settings: dict[str, Any]) -> dict[str, float]:
     model = build_model(tokenizer, settings)
     rng = random.Random(settings["seed"])
     steps, weak = settings["steps"], settings["weak"]
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
-        lr=settings["lr"],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=(0.9, 0.98), fused=True)
     weak_problems = [TASKS[weak](random.Random(f"{EVALUATION_SEED} weak {i}")) for i in range(400)]
     shares, log, began, running = dict(SHARES), [], time.time(), 0.0
     batches = draw_batches(rng, shares, tokenizer, settings["tokens"])
     for step in range(1, steps + 1):
         warm = min(1.0, step / settings["warmup"])
         for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = group["peak"] * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         labels = next(batches)
         logits = model(labels.clamp(min=0)).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -144,15 +157,17 @@ def train(out: Path, settings: dict[str, Any]) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         running += loss.item()
-        if step % 100 == 0:
+        if step % 50 == 0:
             weak_accuracy = accuracy(model, tokenizer, weak_problems)
             shares[weak] = SHARES[weak] if weak_accuracy < settings["weak_target"] else 0.0
-        if step % 500 == 0 or step == steps:
-            row = {"step": step, "seconds": round(time.time() - began), "loss": round(running / (step % 500 or 500), 4)}
+        if step % 250 == 0 or step == steps:
+            row = {"step": step, "seconds": round(time.time() - began), "loss": round(running / (step % 250 or 250), 4)}
             row |= {"weak_share": shares[weak], **accuracy_table(model, tokenizer, 200)}
             log.append(row)
             running = 0.0
             print(row, flush=True)
+            model.save_pretrained(out)  # so that a run can be looked at, and is not lost, before its end
+            tokenizer.save_pretrained(out)
     return save(out, model, tokenizer, settings, log)
 
 
