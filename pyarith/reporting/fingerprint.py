@@ -11,7 +11,8 @@ import torch
 from pyarith.prompts import PromptPairs
 
 _SAMPLES = 64  # values looked at per tensor: enough to notice training, cheap on any size
-_NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")  # config keys that may differ for equal weights
+# config keys that may differ for the same model; a model that was never saved has no "architectures"
+_NOT_THE_MODEL = ("architectures", "transformers_version", "dtype", "torch_dtype")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -23,6 +24,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     kept = {key: value for key, value in config.items() if key[:1] != "_" and key not in _NOT_THE_MODEL}
+    digest.update(type(model).__name__.encode())
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
