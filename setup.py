@@ -29,12 +29,11 @@ def tool(name):
 
 
 def nvcc():
-    """Path of nvcc, or None. CUDACXX and CUDA_HOME come before PATH."""
-    homes = [os.environ.get(key) for key in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    """Path of nvcc, or None: CUDACXX alone where it is set, else in CUDA_HOME, on PATH, in the usual folder."""
     named = os.environ.get("CUDACXX")
-    in_homes = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
-    candidates = [named, *in_homes[:-1], "nvcc", in_homes[-1]]
-    return next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), None, "/usr/local/cuda"]
+    candidates = [named] if named else [str(Path(home) / "bin" / "nvcc") if home else "nvcc" for home in homes]
+    return next((path for path in map(shutil.which, candidates) if path), None)
 
 
 def cmake_arguments(output):

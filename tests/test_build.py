@@ -145,6 +145,17 @@ def test_cuda_switch(monkeypatch):
     assert not any("nvcc" in argument for argument in arguments())
 
 
+def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert load_setup().nvcc() == str(home / "bin" / "nvcc")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "gone"))  # named and not there: nothing else is tried
+    assert load_setup().nvcc() is None
+
+
 def test_every_demo_file_is_package_data():
     project = pyproject()
     demo = ROOT / "pyarith" / "demo"

@@ -10,7 +10,7 @@ namespace pyarith::cpu::PYARITH_LEVEL {
 namespace {
 
 template <bool layer, class Delta, class Out>
-void rows(const AddNorm& op, NormWeights norm, int threads) {
+void rows(const AddNorm& op, NormWeights norm, [[maybe_unused]] int threads) {
     const int64_t d = op.d_model, count = op.variants * op.batch;
     const Delta* deltas = static_cast<const Delta*>(op.delta);
     Out* outs = static_cast<Out*>(op.out);

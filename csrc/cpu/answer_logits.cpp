@@ -31,7 +31,7 @@ float dot(const float* hidden, const Target* target, int64_t n) {
 }
 
 template <class Target>
-void rows(const AnswerLogits& op, NormWeights norm, float* scratch, int threads) {
+void rows(const AnswerLogits& op, NormWeights norm, float* scratch, [[maybe_unused]] int threads) {
     const int64_t d = op.d_model, count = op.variants * op.batch;
     const bool layer = op.kind == Norm::layer;
     const Target* targets = static_cast<const Target*>(op.target);

@@ -41,7 +41,7 @@ PYARITH_INLINE V activated(V x) {
 }
 
 template <Act act, class T>
-void rows(const GatedAct& op, int threads) {
+void rows(const GatedAct& op, [[maybe_unused]] int threads) {
     const T* gates = static_cast<const T*>(op.gate);
     const T* ups = static_cast<const T*>(op.up);
     T* outs = static_cast<T*>(op.out);
