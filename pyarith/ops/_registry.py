@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from pyarith.errors import BackendError, InputError
 
@@ -78,12 +79,17 @@ def define(op: str, schema: str, check: Callable[..., torch.dtype], backends: di
         key = (op, backend, args[0].device, dtype)
         found = _chosen.get(key) or _choose(*key)
         found[1](*args)
+        # Kernels write through raw pointers: say so, or autograd would use what it saved of these tensors before.
+        increment_version([args[i] for i in mutated])
 
     LIBRARY.define(op + schema, tags=(torch.Tag.needs_exact_strides,))
+    entry = getattr(torch.ops.pyarith, op).default
+    arguments = entry._schema.arguments
+    mutated = [i for i, arg in enumerate(arguments) if arg.alias_info is not None and arg.alias_info.is_write]
     torch.library.register_fake(f"pyarith::{op}", fake, lib=LIBRARY)
     for key in DEVICE_KEYS:
         LIBRARY.impl(op, real, key)
-    return getattr(torch.ops.pyarith, op).default
+    return entry
 
 
 def _backends(op: str) -> dict[str, Backend]:

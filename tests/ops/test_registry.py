@@ -90,6 +90,15 @@ def test_bitwise_the_same_for_any_number_of_threads():
         assert all(map(torch.equal, result, results[0]))
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_autograd_notices_the_change_of_a_saved_tensor(backend):
+    row, factor = make(1, 2, 5), torch.ones(5, requires_grad=True)
+    product = (row * factor).sum()  # keeps row for the gradient
+    ops.add_norm(row, None, make(2, 5), torch.ones(5), None, 1e-5, "rms", backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_auto_takes_the_kernel_and_steps_down():
     for op in OPS:
         assert ops.backend_of(op, "cpu", torch.float32) == "cpu", ops.report()
