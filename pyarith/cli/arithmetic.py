@@ -82,10 +82,10 @@ def show(terminal: Terminal, discoveries: Mapping[str, Discovery], top: int) -> 
     _columns(terminal, discoveries, "", _summary(discoveries))
     terminal.line()
     terminal.line("Heads: layer.head, relative effect, change of the answer's logit", style="bold")
-    _columns(terminal, discoveries, "rank", _ranked({s: _heads(d.result, top) for s, d in discoveries.items()}))
+    _columns(terminal, discoveries, "#", _ranked({s: _heads(d.result, top) for s, d in discoveries.items()}))
     terminal.line()
     terminal.line("MLPs, largest effect of either sign first: layer, relative effect, change", style="bold")
-    _columns(terminal, discoveries, "rank", _ranked({s: _mlps(d.result) for s, d in discoveries.items()}))
+    _columns(terminal, discoveries, "#", _ranked({s: _mlps(d.result) for s, d in discoveries.items()}))
     for sign, discovery in discoveries.items():
         for line in _left_out(discovery):
             terminal.line(f"{sign}  {line}")
@@ -136,7 +136,7 @@ def _heads(result: PatchResult, top: int) -> list[str]:
     """The heads that lower the logit most, bold below -5 %."""
     cells = []
     for row in result.top(top):
-        text = f"{row.head!s:>5} {_effect(row.effect, row.logit_change)}"
+        text = f"{row.head!s} {_effect(row.effect, row.logit_change)}"
         cells.append(f"[bold]{text}[/bold]" if row.effect < -0.05 else text)
     return cells
 
@@ -145,11 +145,11 @@ def _mlps(result: PatchResult, most: int = 6) -> list[str]:
     """The MLPs that move the logit furthest, either way."""
     from pyarith.reporting.tables import mlp_rows
 
-    return [f"{row['layer']:>3} {_effect(row['effect'], row['logit_change'])}" for row in mlp_rows(result)[:most]]
+    return [f"{row['layer']} {_effect(row['effect'], row['logit_change'])}" for row in mlp_rows(result)[:most]]
 
 
 def _effect(effect: float, change: float) -> str:
-    return f"{percent(effect):>7} {change:+6.2f}"
+    return f"{percent(effect):>6} {change:+5.2f}"
 
 
 def _left_out(discovery: Discovery) -> list[str]:

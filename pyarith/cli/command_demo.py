@@ -62,18 +62,7 @@ def demo(
             prompts=prompts,
         )
         terminal.line()
-        terminal.line(
-            "Shows: how far each head and MLP moves the answer's logit, exactly, when only its output at the last"
-        )
-        terminal.line("       token comes from the corrupted prompt.")
-        terminal.line(
-            "Not:   that a large model does it this way (this one is tiny and was trained on these prompts), or that a"
-        )
-        terminal.line(
-            "       head is needed (a knock-out says that); corrupted operators miss heads that only move operands:"
-        )
-        terminal.line("       --corruption operands shows those.")
-        terminal.line()
+        terminal.line(_MEANING)
         for file in files:
             terminal.line(f"Wrote {file}")
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")

@@ -100,8 +100,8 @@ def count(number: int, what: str) -> str:
 
 
 def table() -> Any:
-    """A plain rich table without a frame."""
+    """A plain rich table without a frame, narrow enough for four operators in 80 columns."""
     from rich import box
     from rich.table import Table
 
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
