@@ -185,6 +185,12 @@ def test_offsets_and_prefix_encoding_agree():
             assert by_offsets == by_prefixes and by_offsets
 
 
+def test_a_token_that_reaches_beyond_its_span_still_has_the_role():
+    tokenizer = SlowWords(["is", "5?", "7?", "A:", "12"])  # no offsets; "5?" is one token
+    got = PromptPairs.from_text(["is 5? A:"], ["is 7? A:"], ["12"], tokenizer, roles=[{"operand_a": (3, 4)}])
+    assert got.roles.tolist() == [[0, 1, 0]]
+
+
 def test_bad_arguments_name_themselves():
     tokenizer = byte_level()
     with pytest.raises(InputError, match="on_misaligned: expected one of"):

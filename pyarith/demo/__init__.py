@@ -29,6 +29,13 @@ def load_demo() -> tuple[Any, Any]:
     ]
     check(not missing, f"the demo model's files {missing} are not in {MODEL_DIR}; reinstall pyarith", NotAvailableError)
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, local_files_only=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for six megabytes is noise
+    try:
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.eval(), AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)

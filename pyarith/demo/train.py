@@ -1,7 +1,11 @@
 """Train the demo model: `python -m pyarith.demo.train --out DIR`.
 
 A Llama of 1.4 million parameters, on lines of one to four problems with the loss on all tokens. The weak
-operator is held weak by a thermostat: it is drawn only while its accuracy is below `--weak-target`.
+operator is held weak by a thermostat: it is drawn only while its accuracy is below `--weak-target`; tasks that
+are mastered are drawn at `--mastered-share` of their share. The attention of the first `--early-layers` layers
+learns at `--early-rate` of the rate: without that everything sits in the heads of layer 0, with it the heads that
+read operands and operators form in the middle layers, as they do in large models.
+
 Writes the checkpoint, `log.csv` and `accuracy.json`. Same seed and thread count, same weights.
 """
 
@@ -28,7 +32,7 @@ POOL = 1024  # lines drawn at a time
 SETTINGS: dict[str, Any] = {
     **{"seed": 0, "steps": 4000, "tokens": 2048, "lr": 2e-3, "warmup": 200, "weight_decay": 0.1, "clip": 1.0},
     **{"layers": 6, "heads": 8, "d_model": 128, "d_mlp": 384, "weak": "/", "weak_target": 0.5, "threads": 1},
-    **{"early_layers": 2, "early_rate": 0.05},
+    **{"early_layers": 2, "early_rate": 0.05, "mastered_share": 0.5},
 }
 
 
@@ -157,12 +161,15 @@ def train(out: Path, settings: dict[str, Any]) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         running += loss.item()
-        if step % 50 == 0:
+        if step % 25 == 0:
             weak_accuracy = accuracy(model, tokenizer, weak_problems)
             shares[weak] = SHARES[weak] if weak_accuracy < settings["weak_target"] else 0.0
         if step % 250 == 0 or step == steps:
             row = {"step": step, "seconds": round(time.time() - began), "loss": round(running / (step % 250 or 250), 4)}
-            row |= {"weak_share": shares[weak], **accuracy_table(model, tokenizer, 200)}
+            scores = accuracy_table(model, tokenizer, 200)
+            row |= {"weak_share": shares[weak], **scores}
+            for name in scores.keys() - {weak}:
+                shares[name] = SHARES[name] * (settings["mastered_share"] if scores[name] >= 0.97 else 1.0)
             log.append(row)
             running = 0.0
             print(row, flush=True)
