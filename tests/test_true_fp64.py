@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from single_thread import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from true_fp64 import true_fp64
 

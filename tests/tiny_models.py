@@ -85,9 +85,11 @@ def make(
     config = getattr(transformers, f"{row.prefix}Config")(**settings)
     config._attn_implementation = attn
     suffix = "LMHeadModel" if row.prefix == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{row.prefix}{suffix}")(config)
-    randomise(model, seed)
-    return model.to(dtype).eval()
+    # the same numbers inside and outside ``true_fp64``, which would keep the rotary tables from being rounded to fp32
+    with torch._C.DisableTorchFunction():
+        model = getattr(transformers, f"{row.prefix}{suffix}")(config)
+        randomise(model, seed)
+        return model.to(dtype).eval()
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

@@ -1,0 +1,17 @@
+"""``from single_thread import one_thread``: tiny matrices gain nothing from a second thread and lose much on a busy machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Every test of the importing module runs on one thread; torch's own number comes back after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
