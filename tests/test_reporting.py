@@ -128,12 +128,17 @@ def test_head_table_is_ranked_by_effect(found):
     assert keys == {tuple(head) for head in found.result.key_heads()} and 0 < len(keys) < 12
 
 
-def test_mlp_table_is_ranked_by_size(found):
-    rows = mlp_rows(found.result)
-    sizes = [abs(row["effect"]) for row in rows]
-    assert sizes == sorted(sizes, reverse=True) and "head" not in rows[0]
-    for row in rows:
-        assert row["effect"] == found.result.mlp_effects[row["layer"]]
+def test_mlp_table_is_ranked_by_size():
+    patched = 2.0 * np.array([[0.9], [1.3], [0.8]], np.float32)
+    one, zeros = np.array([2.0], np.float32), np.zeros(1, np.float32)
+    result = pa.PatchResult(
+        one, one, zeros, zeros, np.zeros(3), mlp_logits=patched, mlp_identity_logits=2 + 0 * patched
+    )
+    rows = mlp_rows(result)
+    assert [(row["rank"], row["layer"]) for row in rows] == [(1, 1), (2, 2), (3, 0)]
+    assert [row["effect"] for row in rows] == pytest.approx([0.3, -0.2, -0.1])
+    assert [row["logit_change"] for row in rows] == pytest.approx([0.6, -0.4, -0.2])
+    assert head_rows(result) == []
 
 
 # run directory
@@ -273,5 +278,6 @@ def test_data_hash_is_of_the_tokens(pairs, tokenizer):
     assert data_hash(pairs) != data_hash(pa.tasks.arithmetic(tokenizer, n=12, seed=1))
     assert data_hash(pairs) != data_hash(pairs.subset(range(11)))
     assert data_hash(pairs) != data_hash(pairs.subset(range(11, -1, -1)))
-    short = int(np.argmin(pairs.lengths))
-    assert data_hash(pairs.subset([short])) == data_hash(pairs.subset([short, 0]).subset([0]))
+    room = {"clean": 7, "corrupted": 7, "attention_mask": False, "roles": -1}
+    wider = {name: np.pad(getattr(pairs, name), ((0, 0), (0, 3)), constant_values=fill) for name, fill in room.items()}
+    assert data_hash(dataclasses.replace(pairs, **wider)) == data_hash(pairs)
