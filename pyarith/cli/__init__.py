@@ -15,6 +15,7 @@ app = typer.Typer(
     help="Which attention heads and MLPs of a language model carry a behaviour: exact path patching of all of them.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -21,14 +21,21 @@ What it does not show: that a large model works this way (this one is tiny and w
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Run directory; an earlier run in it is replaced.")] = Path("runs/demo"),
-    n: Annotated[int, typer.Option("--n", "-n", help="Prompts per operator.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
-    corruption: Annotated[str, typer.Option(help="operator, operand_a, operand_b or operands.")] = "operator",
-    top: Annotated[int, typer.Option(help="Heads to print.", min=1)] = 10,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory; an earlier run in it is replaced.")] = Path(
+        "runs/demo"
+    ),
+    n: Annotated[int, typer.Option("--n", "-n", metavar="N", help="Prompts per operator.")] = 200,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the prompts.")] = 0,
+    corruption: Annotated[
+        str, typer.Option(metavar="KIND", help="operator, operand_a, operand_b or operands.")
+    ] = "operator",
+    top: Annotated[int, typer.Option(metavar="N", help="Heads to print.", min=1)] = 10,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Which heads of the shipped model do its arithmetic: all heads and MLPs, four operators, in seconds."""
+    """Arithmetic in the shipped model.
+
+    The effects of all its heads and MLPs on four operators, a heat map and a run directory, in seconds.
+    """
     terminal = Terminal()
     with reported(debug):
         from pyarith.cli.arithmetic import Prompts, explore, show, write

@@ -13,35 +13,48 @@ from pyarith.cli.terminal import Terminal, reported
 
 def discover(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or a Hugging Face hub name.")],
-    operator: Annotated[list[str], typer.Option(help="+ - * / or add sub mul div; may be repeated.")] = ["+"],  # noqa: B006
-    corruption: Annotated[str, typer.Option(help="operator, operand_a, operand_b or operands.")] = "operator",
-    n: Annotated[int, typer.Option("--n", "-n", help="Prompts per operator.")] = 200,
+    operator: Annotated[
+        list[str], typer.Option(metavar="SIGN", help="+ - * / or add sub mul div; may be repeated.")
+    ] = ["+"],  # noqa: B006
+    corruption: Annotated[
+        str, typer.Option(metavar="KIND", help="operator, operand_a, operand_b or operands.")
+    ] = "operator",
+    n: Annotated[int, typer.Option("--n", "-n", metavar="N", help="Prompts per operator.")] = 200,
     out: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time, also on Python 3.10
-        typer.Option(help="Run directory to write; an earlier run in it is replaced. Without it only printed."),
+        typer.Option(
+            metavar="DIR", help="Run directory to write; an earlier run in it is replaced. Without it only printed."
+        ),
     ] = None,
-    style: Annotated[list[str], typer.Option(help="equation, statement or question; may be repeated.")] = [],  # noqa: B006
+    style: Annotated[
+        list[str], typer.Option(metavar="STYLE", help="equation, statement or question; may be repeated.")
+    ] = [],  # noqa: B006
     only_correct: Annotated[
         bool, typer.Option("--only-correct", help="Leave out prompts that the model answers wrongly.")
     ] = False,
-    mlps: Annotated[str, typer.Option(help="recomputed, or frozen (another quantity).")] = "recomputed",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), fp32, bf16, fp16 or fp64.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub model.")] = None,  # noqa: UP045
+    mlps: Annotated[str, typer.Option(metavar="HOW", help="recomputed, or frozen (another quantity).")] = "recomputed",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="auto (as stored), fp32, bf16, fp16 or fp64.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the prompts.")] = 0,
+    revision: Annotated[
+        Optional[str], typer.Option(metavar="NAME", help="Branch, tag or commit of a hub model.")
+    ] = None,  # noqa: UP045
     memory_budget: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Bytes or 2GiB, beyond the model; default half of what is free."),
+        typer.Option(metavar="SIZE", help="Bytes or 2GiB, beyond the model; default half of what is free."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, or one of what `pyarith doctor` lists.")] = "auto",
-    verify: Annotated[int, typer.Option(help="Senders to run again literally.", min=0)] = 2,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, or one of what `pyarith doctor` lists.")] = "auto",
+    verify: Annotated[int, typer.Option(metavar="N", help="Senders to run again literally.", min=0)] = 2,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run code that comes with the model.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Heads to print.", min=1)] = 10,
+    top: Annotated[int, typer.Option(metavar="N", help="Heads to print.", min=1)] = 10,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Effects of all heads and MLPs of a model on its arithmetic."""
+    """Arithmetic in any supported model.
+
+    The effects of all its heads and MLPs on its answers, from a local checkpoint or a hub name.
+    """
     settings = {key: value for key, value in locals().items() if key not in ("out", "debug")}
     terminal = Terminal()
     with reported(debug):

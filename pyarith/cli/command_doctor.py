@@ -10,7 +10,10 @@ from pyarith.cli.terminal import Terminal, reported, table
 
 
 def doctor(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    """Versions, devices, the compiled extension, and which backend of each op can run here and why not the others."""
+    """What is installed and what runs here.
+
+    Versions, devices, the compiled extension, and which backend of each op can run and why not the others.
+    """
     terminal = Terminal()
     with reported(debug):
         from pyarith.doctor import diagnose
