@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pyarith.cli.options import Corruption, Debug, N, Seed, Top
 from pyarith.cli.terminal import Terminal, reported
 
 _OPERATORS = ("+", "-", "*", "/")
@@ -24,13 +25,11 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory; an earlier run in it is replaced.")] = Path(
         "runs/demo"
     ),
-    n: Annotated[int, typer.Option("--n", "-n", metavar="N", help="Prompts per operator.")] = 200,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the prompts.")] = 0,
-    corruption: Annotated[
-        str, typer.Option(metavar="KIND", help="operator, operand_a, operand_b or operands.")
-    ] = "operator",
-    top: Annotated[int, typer.Option(metavar="N", help="Heads to print.", min=1)] = 10,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    n: N = 200,
+    seed: Seed = 0,
+    corruption: Corruption = "operator",
+    top: Top = 10,
+    debug: Debug = False,
 ) -> None:
     """Arithmetic in the shipped model.
 

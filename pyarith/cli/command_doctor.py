@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from pyarith.cli.options import Debug
 from pyarith.cli.terminal import Terminal, reported, table
 
 
-def doctor(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def doctor(debug: Debug = False) -> None:
     """What is installed and what runs here.
 
     Versions, devices, the compiled extension, and which backend of each op can run and why not the others.
