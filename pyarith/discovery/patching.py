@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -223,7 +222,8 @@ def _settings(
         "verify": options.verify,
         "backends": backends,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        # importlib.metadata takes 5 ms a name; these modules are loaded already
+        "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "numpy")},
         **record,
     }
 
