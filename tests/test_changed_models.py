@@ -21,12 +21,17 @@ PAIRS = prompts((7, 5, 6))
 Change = Callable[[nn.Module], None]
 
 
+def other(x: torch.Tensor) -> torch.Tensor:
+    """A change that no norm undoes."""
+    return x * 1.25 + torch.linspace(-0.5, 0.5, x.shape[-1], dtype=x.dtype)
+
+
 def hook(path: str) -> Change:
     """A user's hook that makes a module's output something else."""
 
     def change(model: nn.Module) -> None:
         def scale(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return output * 1.25 if isinstance(output, torch.Tensor) else (output[0] * 1.25, *output[1:])
+            return other(output) if isinstance(output, torch.Tensor) else (other(output[0]), *output[1:])
 
         model.get_submodule(path).register_forward_hook(scale)
 
@@ -39,8 +44,8 @@ def pre_hook(path: str) -> Change:
     def change(model: nn.Module) -> None:
         def scale(_module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                return (args[0] * 1.25, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 1.25}
+                return (other(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": other(kwargs["hidden_states"])}
 
         model.get_submodule(path).register_forward_pre_hook(scale, with_kwargs=True)
 
@@ -53,7 +58,7 @@ def forward_of_instance(path: str) -> Change:
     def change(model: nn.Module) -> None:
         module = model.get_submodule(path)
         old = module.forward
-        module.forward = lambda *args, **kwargs: old(*args, **kwargs) * 1.25
+        module.forward = lambda *args, **kwargs: other(old(*args, **kwargs))
 
     return change
 
@@ -216,11 +221,13 @@ REFUSED = (UnsupportedModelError, SelfCheckError)
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_change_counts_or_is_refused(name: str) -> None:
-    model, plain = make("llama"), make("llama")
-    CHANGES[name](model)
+    model = make("llama")
     with true_fp64():
+        before = literal_oracle.forward(model, PAIRS[0].clean).logits
+        # a run before the change: nothing that it learned about the model may outlive the change
+        pa.fast_patch(model, **inputs(PAIRS, [1, 2, 3], "left"), progress=False, verify=0)
+        CHANGES[name](model)
         expected = literal_oracle.path_patch(model, PAIRS)
-        before = literal_oracle.forward(plain, PAIRS[0].clean).logits
         assert np.abs(expected.clean[0] - before.numpy()).max() > 1e-3  # the change is one
         given = inputs(PAIRS, expected.answers, "left")
         try:
@@ -249,3 +256,23 @@ def test_is_not_refused(name: str) -> None:
     with true_fp64():
         result = pa.fast_patch(model, **inputs(PAIRS, [1, 2, 3], "left"), progress=False)
     assert result.verification_error < 1e-11
+
+
+def test_hook_on_every_module() -> None:
+    """torch's global hooks are hooks too."""
+    model = make("llama")
+
+    def scale(module: nn.Module, _args: Any, output: Any) -> Any:
+        return other(output) if isinstance(module, type(model.model.layers[0].mlp)) else None
+
+    handle = nn.modules.module.register_module_forward_hook(scale)
+    try:
+        with true_fp64():
+            expected = literal_oracle.path_patch(model, PAIRS)
+            try:
+                result = pa.fast_patch(model, **inputs(PAIRS, expected.answers, "left"), progress=False, verify=0)
+            except REFUSED:
+                return
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(result.head_logits, expected.at(expected.answers)[0], rtol=1e-11, atol=1e-11)

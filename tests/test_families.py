@@ -166,6 +166,33 @@ def test_clean_and_corrupted_padded_differently(name: str) -> None:
         agree(result, expected)
 
 
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "gelu_10", "relu2", "tanh"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "neox"])
+def test_activations(name: str, act: str) -> None:
+    """Fused or not, gated or plain: the activation that the config names."""
+    model, pairs = make(name, **{"activation_function" if name == "gpt2" else "hidden_act": act}), prompts((7,))
+    with true_fp64():
+        expected = literal_oracle.path_patch(model, pairs)
+        agree(pa.fast_patch(model, **inputs(pairs, expected.answers), **QUIET), expected)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa2", "mistral", "gpt2"])
+def test_attention_that_makes_its_own_mask(name: str) -> None:
+    """A kernel unknown to the library (as flash attention is) gets plain prompts and their padding, no tree."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("of_this_test", sdpa_attention_forward)
+    AttentionMaskInterface.register("of_this_test", sdpa_mask)
+    for pairs in (prompts((7, 5, 9)), prompts((21, 19, 23), shared=17, differ=(18,))):
+        expected = oracle(name, pairs, attn="sdpa")
+        with true_fp64():
+            result = pa.fast_patch(make(name, attn="of_this_test"), **inputs(pairs, expected.answers, "left"), **QUIET)
+        agree(result, expected)
+        assert result.settings["attention"] == "of_this_test"
+
+
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "neox-serial"])
 def test_foils_and_log_probs(name: str, side: str) -> None:

@@ -103,7 +103,7 @@ def test_voters(mlps: str) -> None:
     patched = planted.voters_logit(planted.WEIGHTS).numpy()
     clean = planted.voters_logit(torch.zeros(())).item()
     np.testing.assert_allclose(result.clean_logits, clean, rtol=1e-12)
-    np.testing.assert_allclose(result.head_logits, np.repeat(patched[..., None], len(pairs), -1), rtol=1e-12)
+    np.testing.assert_allclose(result.head_logits, np.repeat(patched[..., None], len(pairs), -1), rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(result.head_effects, patched / clean - 1, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(result.mlp_effects, np.zeros(n_layers), atol=1e-14)
     weights = planted.WEIGHTS.numpy()

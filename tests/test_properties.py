@@ -107,6 +107,26 @@ def test_blocks_do_not_matter(name: str) -> None:
             same(cut, whole)
             np.testing.assert_allclose(cut.head_log_probs, whole.head_log_probs, **TIGHT)
             np.testing.assert_allclose(cut.noise_floor, 0, atol=1e-12)
+            assert cut.settings["plan"]["prompts"] == (1 if budget == least else cut.settings["plan"]["prompts"])
+        assert cut.settings["plan"]["prompts"] == len(pairs)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa2", "neox"])
+def test_out_of_memory_halves_the_blocks(name: str) -> None:
+    """A device that holds two pairs at a time: the run goes on with smaller blocks and gives the same."""
+    pairs, model = prompts((6, 6, 6, 6, 6), shared=0), make(name)
+    whole = run(name, pairs, side="none")
+    calls = []
+
+    def small_device(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        calls.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (of this test)")
+
+    site = model.get_submodule("model.layers.1.self_attn.q_proj" if "llama" in name else "gpt_neox.layers.1.attention.query_key_value")  # fmt: skip
+    site.register_forward_pre_hook(small_device)
+    same(run(name, pairs, side="none", model=model), whole)
+    assert max(calls) == 5 and calls.count(2) >= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
@@ -127,13 +147,12 @@ def test_effect_is_against_the_identity_row(name: str) -> None:
         result = pa.fast_patch(model, **inputs(pairs, answers_of(model, pairs), "left"), **QUIET)
         clean = result.clean_logits.astype(np.float64)
         assert np.all(clean > 0)
-        floor = np.zeros(len(result.noise_floor))
         for kind, identity in (("head", result.identity_logits), ("mlp", result.mlp_identity_logits)):
             patched = getattr(result, f"{kind}_logits").astype(np.float64)
             own = identity.astype(np.float64)[(slice(None), *[None] * (patched.ndim - 2))]
             expected = ((patched - own) / clean).mean(-1)
             np.testing.assert_allclose(getattr(result, f"{kind}_effects"), expected, rtol=1e-4, atol=1e-6)
-            floor = np.maximum(floor, np.abs(identity - clean).max(-1))
+        floor = np.abs(result.identity_logits - clean).max(-1)
         np.testing.assert_allclose(result.noise_floor, floor, rtol=1e-5, atol=1e-7)
 
 
