@@ -1,13 +1,13 @@
 """One clean and one corrupted run through the model's own modules, of which only END is kept.
 
-The decoder is called, the LM head never. What is stored per prompt is a few vectors per layer; nothing
-of shape [batch, pos, head, d_model] ever exists.
+The decoder is called, the LM head never, and the last MLP only for END. What is stored per prompt is a few
+vectors per layer; nothing of shape [batch, pos, head, d_model] ever exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,6 +86,14 @@ def bytes_per_prompt(sites: ModelSites, mlps: bool) -> int:
     return sum(tensor.nbytes for _, tensor in fake.named())
 
 
+class _LastMlp(Exception):
+    """Raised where the last MLP would start: from there on only END is needed."""
+
+
+def _stop(_: Tensor) -> None:
+    raise _LastMlp
+
+
 class Prefix:
     """Keys and values of the tokens that all prompts share, computed once, one stored copy per layer."""
 
@@ -99,7 +107,9 @@ class Prefix:
             ids = ids.to(sites.device)[None]
             positions = torch.arange(self.length, device=sites.device)[None]
             masks = masks_for(sites, lambda window: causal(self.length, window, sites.device))
-            run_decoder(sites, ids, positions, masks, self.cache)
+            with Hooks() as hooks, suppress(_LastMlp):
+                hooks.before(sites.blocks[-1].mlp, _stop)  # keys and values are all that is wanted
+                run_decoder(sites, ids, positions, masks, self.cache)
 
     def forget(self, n: int) -> None:
         """Drop the ``n`` newest tokens of the cache, which belong to a block of prompts."""
@@ -116,56 +126,74 @@ def masks_for(sites: ModelSites, allowed: Callable[[int | None], Tensor]) -> Any
     return {kind: by_window[window] for kind, window in zip(types, sites.windows, strict=True)}
 
 
-def run_decoder(sites: ModelSites, ids: Tensor, positions: Tensor, masks: Any, cache: Any) -> Tensor:
-    """Decoder output [row, pos, d_model] (after the final norm)."""
-    output = sites.decoder(
+def run_decoder(sites: ModelSites, ids: Tensor, positions: Tensor, masks: Any, cache: Any) -> None:
+    """Run the decoder for its cache and its hooks; flags of the config that collect outputs are overruled."""
+    sites.decoder(
         input_ids=ids,
         attention_mask=masks,
         position_ids=positions,
         past_key_values=cache,
         use_cache=cache is not None,
+        output_attentions=False,
+        output_hidden_states=False,
         return_dict=True,
     )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
 
 
 @contextmanager
-def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> Iterator[None]:
-    """Hooks that copy END of every pair into ``into[..., at, :]``."""
+def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> Iterator[dict[str, Tensor]]:
+    """Hooks that copy END of every pair into ``into[..., at, :]`` and stop the pass before its last MLP.
+
+    Yields what finishes the last block: "mlp_input", "residual" and attention's "write", clean ends then corrupted.
+    """
+    ends = torch.cat([packed.clean_end, packed.corrupted_end])
+    last: dict[str, Tensor] = {}
+
+    def at_ends(x: Tensor, index: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])[index]
 
     def keep(store: Tensor | None, layer: int) -> Callable[[Tensor], None]:
         def call(x: Tensor) -> None:
             if store is not None:
-                store[layer, at] = x.reshape(-1, x.shape[-1])[packed.clean_end]
+                store[layer, at] = at_ends(x, packed.clean_end)
 
         return call
 
-    def difference(store: Tensor | None, layer: int) -> Callable[[Tensor], None]:
+    def difference(store: Tensor, layer: int) -> Callable[[Tensor], None]:
         def call(x: Tensor) -> None:
-            if store is not None:
-                flat = x.reshape(-1, x.shape[-1])
-                target = store[layer, at]
-                target.copy_(flat[packed.corrupted_end])
-                target.sub_(flat[packed.clean_end])
+            _put_difference(store[layer, at], at_ends(x, ends))
+
+        return call
+
+    def keep_both(name: str) -> Callable[[Tensor], None]:
+        def call(x: Tensor) -> None:
+            last[name] = at_ends(x, ends)
 
         return call
 
     with Hooks() as hooks:
         for layer, block in enumerate(sites.blocks):
-            if sites.parallel:
-                hooks.before(block.block, keep(into.base, layer))
-            else:
-                hooks.before(block.mlp_norm, keep(into.base, layer))
+            residual = block.block if sites.parallel else block.mlp_norm
+            hooks.before(residual, keep(into.base, layer))
             hooks.before(block.o_proj, difference(into.dz, layer))
             hooks.after(block.attn_write, keep(into.writes, layer))
-            if into.dmlp is not None:
-                hooks.after(block.mlp_write, difference(into.dmlp, layer))
             if into.raw is not None:
                 hooks.before(block.block, keep(into.pre, layer))
                 hooks.after(block.o_proj, keep(into.raw, layer))
-        hooks.before(sites.final_norm, keep(into.base, sites.n_layers))
-        yield
+            if layer == sites.n_layers - 1:
+                hooks.before(residual, keep_both("residual"))
+                hooks.after(block.attn_write, keep_both("write"))
+                hooks.before(block.mlp, keep_both("mlp_input"))
+                hooks.before(block.mlp, _stop)
+            elif into.dmlp is not None:
+                hooks.after(block.mlp_write, difference(into.dmlp, layer))
+        yield last
+
+
+def _put_difference(target: Tensor, both: Tensor) -> None:
+    """target = corrupted - clean, subtracted in row dtype."""
+    clean, corrupted = both.chunk(2)
+    target.copy_(corrupted).sub_(clean)
 
 
 def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, into: Captured, at: slice) -> None:
@@ -173,9 +201,22 @@ def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, in
     packed = pack(batch, indices, prefix.length) if takes_trees(sites) else pack_plain(batch, indices)
     packed = packed.to(sites.device)
     masks = masks_for(sites, packed.allowed) if packed.padding is None else packed.padding
-    with recording(sites, packed, into, at):
-        hidden = run_decoder(sites, packed.input_ids, packed.position_ids, masks, prefix.cache)
+    with recording(sites, packed, into, at) as last, suppress(_LastMlp):
+        run_decoder(sites, packed.input_ids, packed.position_ids, masks, prefix.cache)
     prefix.forget(packed.input_ids.shape[1])
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    into.clean_hidden[at] = flat[packed.clean_end]
-    into.corrupted_hidden[at] = flat[packed.corrupted_end]
+    _finish(sites, last, into, at)
+
+
+def _finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slice) -> None:
+    """The last MLP and the final norm, by the model's own modules, for END only (the self-check covers this)."""
+    block = sites.blocks[-1]
+    write = block.mlp(last["mlp_input"][None])
+    if block.mlp_post_norm is not None:
+        write = block.mlp_post_norm(write)
+    if into.dmlp is not None:
+        _put_difference(into.dmlp[-1, at], write[0])
+    if sites.parallel:
+        write = write + last["write"]
+    residual = write + last["residual"]
+    into.base[-1, at] = residual[0].chunk(2)[0]
+    into.clean_hidden[at], into.corrupted_hidden[at] = sites.final_norm(residual)[0].chunk(2)

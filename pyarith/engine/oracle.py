@@ -105,8 +105,8 @@ def _compare(sites: ModelSites, where: str, found: Tensor, expected: Tensor, sca
         raise SelfCheckError(
             f"self-check: family {sites.spec.name!r}, {where}: the family spec recomposes "
             f"{float(found.flatten()[worst]):.6g}, the model itself has {float(expected.flatten()[worst]):.6g} "
-            f"(tolerance {tolerance(sites, scale):.2g}). The model does something that its family spec does not describe "
-            "(a hook, an overridden forward, a changed block?); results would be wrong, so none are given"
+            f"(tolerance {tolerance(sites, scale):.2g}). The model does something that its family spec does not "
+            "describe (a hook, an overridden forward, a changed block?); results would be wrong, so none are given"
         )
 
 
