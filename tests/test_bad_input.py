@@ -94,6 +94,15 @@ CALLS: dict[str, tuple[dict[str, Any], type[PyarithError], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_equal_pairs_under_padding(side: str) -> None:
+    """Pads that differ do not make a pair differ."""
+    given = good(side)
+    ids, mask = given["clean"].clone(), given["attention_mask"].bool()
+    given["corrupted"][1] = ids[1].where(mask[1], 77)
+    refused(InputError, "corrupted", "differ", "prompts? 1", **given)
+
+
 @pytest.mark.parametrize("case", CALLS)
 def test_call(case: str) -> None:
     changes, error, words = CALLS[case]

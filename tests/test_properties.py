@@ -76,6 +76,14 @@ def test_batches_are_merged(name: str) -> None:
                 np.testing.assert_allclose(getattr(merged, field), getattr(whole, field), **TIGHT)
 
 
+def test_merged_noise_floor_is_the_worst() -> None:
+    model, parts = make("llama-gqa2", torch.bfloat16), [inputs([pair], [5]) for pair in prompts((6, 7, 8))]
+    floors = np.stack([pa.fast_patch(model, **part, **QUIET).noise_floor for part in parts])
+    merged = pa.fast_patch(model, parts, **QUIET)
+    assert np.ptp(floors, axis=0).max() > 0
+    np.testing.assert_array_equal(merged.noise_floor, floors.max(0))
+
+
 def test_batches_with_foils() -> None:
     pairs, model = prompts((6, 6, 6)), make("llama")
     tokens, foils = answers_of(model, pairs), torch.tensor([[1, 2], [3, 4], [5, 6]])
