@@ -82,7 +82,7 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
         # what attention writes must be the sum of what its heads write
         clean, changed = (c.writes if c.raw is None else c.raw for c in (forward, backward))
         found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean.dtype))
-        size = float(changed[layer].abs().max())
+        size = max(float(clean[layer].abs().max()), float(changed[layer].abs().max()))
         _compare(sites, f"layer {layer}, attention write", found, changed[layer], size)
     _checked[sites.model] = state
 
