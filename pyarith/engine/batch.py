@@ -65,7 +65,8 @@ def _ids(value: Any, name: str, dims: int, d_vocab: int) -> Tensor:
         f"{name}: expected integer token ids, got dtype {tensor.dtype}",
     )
     axes = "[batch]" if dims == 1 else "[batch, pos]" if name != "foils" else "[batch, k]"
-    check(tensor.dim() == dims, f"{name}: expected shape {axes}, got {list(tensor.shape)}")
+    more = "; answers of several tokens do not exist yet" if name == "answers" and tensor.dim() == 2 else ""
+    check(tensor.dim() == dims, f"{name}: expected shape {axes}, got {list(tensor.shape)}{more}")
     check(tensor.numel() > 0, f"{name}: expected at least one prompt and one token, got shape {list(tensor.shape)}")
     tensor = tensor.detach().to(device="cpu", dtype=torch.int64)
     low, high = int(tensor.min()), int(tensor.max())

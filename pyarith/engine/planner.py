@@ -25,6 +25,8 @@ from pyarith.models.sites import ModelSites
 # Larger blocks stop paying off here: GEMMs are on their plateau and intermediates leave the cache (bench/NOTES.md).
 _MAX_PROMPTS = 128
 _MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Behind a stored prefix the pairs of a forward pass share one row and pay for masked attention among each other.
+_MAX_PREFIXED_TOKENS = {"cpu": 256, "cuda": 2048}
 _MAX_ROWS = {"cpu": 512, "cuda": 16384}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -155,7 +157,8 @@ class Planner:
         """
         kind = self.sites.device.type
         budget = free_bytes(self.sites.device) // 2 if budget is None else budget
-        plan = Plan(min(self.n, _MAX_PROMPTS), _MAX_TOKENS.get(kind, 2048), _MAX_ROWS.get(kind, 512))
+        tokens = _MAX_PREFIXED_TOKENS if self.prefix else _MAX_TOKENS
+        plan = Plan(min(self.n, _MAX_PROMPTS), tokens.get(kind, tokens["cpu"]), _MAX_ROWS.get(kind, _MAX_ROWS["cpu"]))
         # the three sizes cost differently; shrink what is dearest relative to what it buys
         longest = int(self.pair.max())
         while self.bytes(plan) > budget:
