@@ -26,7 +26,7 @@ from pyarith.models.sites import ModelSites
 _MAX_PROMPTS = 128
 _MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Behind a stored prefix the pairs of a forward pass share one row and pay for masked attention among each other.
-_MAX_PREFIXED_TOKENS = {"cpu": 256, "cuda": 2048}
+_MAX_PREFIXED_TOKENS = {"cpu": 512, "cuda": 2048}
 _MAX_ROWS = {"cpu": 512, "cuda": 16384}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
