@@ -1,4 +1,7 @@
-"""``from single_thread import one_thread``: tiny matrices gain nothing from a second thread and lose much on a busy machine."""
+"""One thread for tiny models: ``from single_thread import one_thread``.
+
+Tiny matrices gain nothing from a second thread, and on a busy machine they wait for it.
+"""
 
 from __future__ import annotations
 

@@ -58,9 +58,11 @@ def of_torch() -> dict[str, Any]:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
         # bit by bit, NaN included
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes() \
-            if a.dtype != torch.bfloat16 else _equal(a.view(torch.int16), b.view(torch.int16))  # fmt: skip
+        bits_a, bits_b = (t.reshape(-1).view(torch.uint8).numpy(force=True) for t in (a, b))
+        return bits_a.tobytes() == bits_b.tobytes()
     return bool(a == b)
 
 

@@ -71,15 +71,31 @@ CALLS: dict[str, tuple[dict[str, Any], type[PyarithError], tuple[str, ...]]] = {
     "ids-none": ({"clean": None}, (InputTypeError, InputError), ("clean", "None")),
     "ids-1d": ({"clean": IDS[0]}, InputError, ("clean", r"\[batch, pos\]", r"\[6\]")),
     "ids-ragged": ({"clean": [[1, 2], [3]]}, (InputTypeError, InputError), ("clean",)),
-    "empty-batch": ({"clean": IDS[:0], "corrupted": IDS[:0], "answers": torch.tensor([], dtype=torch.int64)}, InputError, ("clean", "at least one", r"\[0, 6\]")),
+    "empty-batch": (
+        {"clean": IDS[:0], "corrupted": IDS[:0], "answers": IDS[:0, 0]},
+        InputError,
+        ("clean", "at least one", r"\[0, 6\]"),
+    ),
     "no-tokens": ({"clean": IDS[:, :0], "corrupted": IDS[:, :0]}, InputError, ("clean", r"\[3, 0\]")),
     "mask-hole": ({"attention_mask": replaced(MASK, 0)}, InputError, ("attention_mask", "hole", "prompts? 1")),
     "mask-shape": ({"attention_mask": MASK[:, 1:]}, InputError, ("attention_mask", r"\[3, 6\]", r"\[3, 5\]")),
     "mask-values": ({"attention_mask": MASK * 2}, InputError, ("attention_mask", "0 and 1")),
     "mask-empty-row": ({"attention_mask": replaced(MASK, 0, (2,))}, InputError, ("attention_mask", "prompts? 2")),
-    "corrupted-mask-hole": ({"attention_mask": MASK, "corrupted_attention_mask": replaced(MASK, 0)}, InputError, ("corrupted_attention_mask", "hole", "prompts? 1")),
-    "pair-lengths": ({"attention_mask": MASK, "corrupted_attention_mask": replaced(MASK, 0, (1, 0))}, InputError, ("corrupted", "6", "5", "prompts? 1")),
-    "equal-pairs": ({"corrupted": torch.cat([IDS[:2], good()["corrupted"][2:]])}, InputError, ("corrupted", "differ", "prompts? 0, 1")),
+    "corrupted-mask-hole": (
+        {"attention_mask": MASK, "corrupted_attention_mask": replaced(MASK, 0)},
+        InputError,
+        ("corrupted_attention_mask", "hole", "prompts? 1"),
+    ),
+    "pair-lengths": (
+        {"attention_mask": MASK, "corrupted_attention_mask": replaced(MASK, 0, (1, 0))},
+        InputError,
+        ("corrupted", "6", "5", "prompts? 1"),
+    ),
+    "equal-pairs": (
+        {"corrupted": torch.cat([IDS[:2], good()["corrupted"][2:]])},
+        InputError,
+        ("corrupted", "differ", "prompts? 0, 1"),
+    ),
     "foils-batch": ({"foils": torch.tensor([[1, 2]])}, InputError, ("foils", "3", "1")),
     "foils-1d": ({"foils": torch.tensor([1, 2, 3])}, InputError, ("foils", r"\[batch, k\]")),
     "foils-high": ({"foils": torch.full((3, 2), VOCAB)}, InputError, ("foils", str(VOCAB))),
@@ -91,7 +107,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[PyarithError], tuple[str, ...]]] = {
     "budget-zero": ({"memory_budget": 0}, InputError, ("memory_budget", "0")),
     "verify": ({"verify": -1}, InputError, ("verify", "-1")),
     "progress": ({"progress": "yes"}, (InputTypeError, InputError), ("progress", "yes|str")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -138,7 +154,9 @@ def test_needs_corrupted_and_answers() -> None:
     refused((InputError, InputTypeError), "corrupted", call=lambda model, given: pa.fast_patch(model, given["clean"]))
 
 
-@pytest.mark.parametrize("what", [None, "gpt2", 3, print, torch.nn.Linear(2, 2), torch.ones(3)], ids=lambda w: type(w).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "what", [None, "gpt2", 3, print, torch.nn.Linear(2, 2), torch.ones(3)], ids=lambda w: type(w).__name__
+)
 def test_not_a_model(what: Any) -> None:
     call = lambda _, given: pa.fast_patch(what, **given)  # noqa: E731
     refused(InputTypeError, "model", type(what).__name__, call=call)
@@ -150,14 +168,16 @@ def other_model(name: str) -> torch.nn.Module:
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     bert = {**small, "vocab_size": VOCAB}
+    t5 = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    opt = {**bert, "ffn_dim": 16, "word_embed_proj_dim": 16}
     made: dict[str, Callable[[], torch.nn.Module]] = {
         "bert": lambda: tf.BertModel(tf.BertConfig(**bert)),
         "bert-masked": lambda: tf.BertForMaskedLM(tf.BertConfig(**bert)),
         "vit": lambda: tf.ViTModel(tf.ViTConfig(**small, image_size=8, patch_size=4)),
         "llama-base": lambda: make("llama").model,
         "llama-classifier": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**bert)),
-        "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
-        "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=VOCAB, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)),
+        "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**t5)),
+        "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**opt)),
     }  # fmt: skip
     return made[name]()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import literal_oracle
@@ -23,7 +23,7 @@ SDPA = [name for name in NAMES if name != "gemma2"]  # transformers has no sdpa 
 EQUAL = (7, 7, 7)
 
 
-@lru_cache(maxsize=None)
+@cache
 def truth(name: str, pairs: tuple[tuple[tuple[int, ...], ...], ...], mlps: str, attn: str) -> Oracle:
     """The oracle's answer, once per model and prompts: padding does not enter it."""
     model = make(name, attn=attn)
@@ -166,7 +166,9 @@ def test_clean_and_corrupted_padded_differently(name: str) -> None:
         agree(result, expected)
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "gelu_10", "relu2", "tanh"])
+@pytest.mark.parametrize(
+    "act", ["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "gelu_10", "relu2", "tanh"]
+)
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "neox"])
 def test_activations(name: str, act: str) -> None:
     """Fused or not, gated or plain: the activation that the config names."""

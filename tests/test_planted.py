@@ -50,7 +50,9 @@ def test_adder(family: str, side: str) -> None:
     np.testing.assert_allclose(result.head_effects, expected, atol=1e-10)
     np.testing.assert_allclose(result.mlp_effects, [0, 0, 0, -1], atol=1e-10)
     # prompt by prompt, not only on average
-    np.testing.assert_allclose(result.head_logits, LOGIT * (1 + np.repeat(expected[..., None], result.head_logits.shape[-1], -1)), atol=1e-9)  # fmt: skip
+    np.testing.assert_allclose(
+        result.head_logits, LOGIT * (1 + np.repeat(expected[..., None], result.head_logits.shape[-1], -1)), atol=1e-9
+    )
     assert sorted(map(tuple, result.key_heads())) == KEY_HEADS[family]
 
 
@@ -103,7 +105,9 @@ def test_voters(mlps: str) -> None:
     patched = planted.voters_logit(planted.WEIGHTS).numpy()
     clean = planted.voters_logit(torch.zeros(())).item()
     np.testing.assert_allclose(result.clean_logits, clean, rtol=1e-12)
-    np.testing.assert_allclose(result.head_logits, np.repeat(patched[..., None], len(pairs), -1), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        result.head_logits, np.repeat(patched[..., None], len(pairs), -1), rtol=1e-12, atol=1e-13
+    )
     np.testing.assert_allclose(result.head_effects, patched / clean - 1, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(result.mlp_effects, np.zeros(n_layers), atol=1e-14)
     weights = planted.WEIGHTS.numpy()
@@ -116,4 +120,6 @@ def test_silent_head_is_exactly_zero() -> None:
     """W_O = 0: the patched row is the identity row, bit for bit, in any dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         result = pa.fast_patch(planted.adder().to(dtype), **addition("ab"), **FIXED)
-        np.testing.assert_array_equal(result.head_logits[3], np.broadcast_to(result.identity_logits[3], (4, result.head_logits.shape[-1])))  # fmt: skip
+        np.testing.assert_array_equal(
+            result.head_logits[3], np.broadcast_to(result.identity_logits[3], (4, result.head_logits.shape[-1]))
+        )

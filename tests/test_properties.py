@@ -87,7 +87,10 @@ def test_merged_noise_floor_is_the_worst() -> None:
 def test_batches_with_foils() -> None:
     pairs, model = prompts((6, 6, 6)), make("llama")
     tokens, foils = answers_of(model, pairs), torch.tensor([[1, 2], [3, 4], [5, 6]])
-    batches = [{**inputs(pairs[:2], tokens[:2]), "foils": foils[:2]}, {**inputs(pairs[2:], tokens[2:]), "foils": foils[2:]}]  # fmt: skip
+    batches = [
+        {**inputs(pairs[:2], tokens[:2]), "foils": foils[:2]},
+        {**inputs(pairs[2:], tokens[2:]), "foils": foils[2:]},
+    ]
     with true_fp64():
         merged = pa.fast_patch(model, batches, log_probs=True, **QUIET)
     whole = run("llama", pairs, side="none", foils=foils, log_probs=True)
@@ -131,7 +134,9 @@ def test_out_of_memory_halves_the_blocks(name: str) -> None:
         if len(args[0]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory (of this test)")
 
-    site = model.get_submodule("model.layers.1.self_attn.q_proj" if "llama" in name else "gpt_neox.layers.1.attention.query_key_value")  # fmt: skip
+    site = model.get_submodule(
+        "model.layers.1.self_attn.q_proj" if "llama" in name else "gpt_neox.layers.1.attention.query_key_value"
+    )
     site.register_forward_pre_hook(small_device)
     same(run(name, pairs, side="none", model=model), whole)
     assert max(calls) == 5 and calls.count(2) >= 2

@@ -120,7 +120,9 @@ def test_progress_that_raises(after: int, error: type[BaseException]) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
-@pytest.mark.parametrize("path", ["model.layers.1.mlp", "model.layers.2.self_attn.q_proj", "model.layers.0", "model.norm", "model"])
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.mlp", "model.layers.2.self_attn.q_proj", "model.layers.0", "model.norm", "model"]
+)
 def test_interrupted_inside_the_model(path: str, after: int, error: type[BaseException]) -> None:
     """Ctrl-C while a module of the model runs, in capture, replay or verification."""
     model = lived_in()
@@ -178,6 +180,8 @@ def test_first_use_in_a_fresh_process() -> None:
     """Import, first-time measurements and caches draw from no generator and set no switch."""
     places = [Path(__file__).parent, Path(pa.__file__).parents[1]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
-    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "fine\n"  # and nothing is printed when the output is no terminal
