@@ -23,6 +23,8 @@ def of_model(model: torch.nn.Module) -> dict[str, Any]:
         state[f"{name}: class"] = type(module)
         state[f"{name}: training"] = module.training
         state[f"{name}: attributes"] = sorted(vars(module))
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | None)}
+        state[f"{name}: values"] = plain
         for kind in _HOOKS:
             state[f"{name}: {kind}"] = dict(getattr(module, kind, {}))
         config = getattr(module, "config", None)
@@ -31,7 +33,8 @@ def of_model(model: torch.nn.Module) -> dict[str, Any]:
             state[f"{name}: config"] = (id(config), config.to_dict(), config._attn_implementation, dict(vars(config)))
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
-            facts = (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.dtype, tensor.device)
+            version = None if tensor.is_inference() else tensor._version
+            facts = (id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.dtype, tensor.device)
             state[f"{name}: {kind}"] = facts
             if tensor.device.type != "meta":
                 state[f"{name}: value"] = tensor.detach().clone()

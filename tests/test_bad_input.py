@@ -119,6 +119,13 @@ def test_equal_pairs_under_padding(side: str) -> None:
     refused(InputError, "corrupted", "differ", "prompts? 1", **given)
 
 
+def test_longer_than_the_learned_positions() -> None:
+    model = make("gpt2", n_positions=8)
+    given = inputs(prompts((9, 6, 10)), [1, 2, 3], "left")
+    refused(InputError, "clean", "8", "prompts? 0, 2", model=model, **given)
+    pa.fast_patch(model, **inputs(prompts((8, 6)), [1, 2], "left"), **QUIET)  # pads do not count
+
+
 @pytest.mark.parametrize("case", CALLS)
 def test_call(case: str) -> None:
     changes, error, words = CALLS[case]

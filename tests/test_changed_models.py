@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -276,3 +277,29 @@ def test_hook_on_every_module() -> None:
     finally:
         handle.remove()
     np.testing.assert_allclose(result.head_logits, expected.at(expected.answers)[0], rtol=1e-11, atol=1e-11)
+
+
+SHARED = [
+    ("llama", "mlp"), ("llama", "mlp.down_proj"), ("llama", "self_attn.o_proj"), ("llama", "self_attn"),
+    ("llama", "post_attention_layernorm"), ("llama", "input_layernorm"), ("gemma2", "post_attention_layernorm"),
+    ("gemma2", "pre_feedforward_layernorm"), ("gemma2", "post_feedforward_layernorm"), ("gemma2", "mlp"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "path"), SHARED, ids=lambda value: value)
+def test_module_used_by_two_layers(family: str, path: str) -> None:
+    """A hook on a shared module fires in both layers: right, or refused with the reason."""
+    shared, apart = make(family), make(family)
+    for model, twin in ((shared, lambda module: module), (apart, copy.deepcopy)):
+        layers = model.model.layers
+        layers[2].set_submodule(path, twin(layers[1].get_submodule(path)))
+    with true_fp64():
+        expected = literal_oracle.path_patch(apart, PAIRS)
+        try:
+            result = pa.fast_patch(shared, **inputs(PAIRS, expected.answers, "left"), progress=False, verify=0)
+        except REFUSED as error:
+            assert "layer" in str(error)
+            return
+    heads, mlps, *_ = expected.at(expected.answers)
+    np.testing.assert_allclose(result.head_logits, heads, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(result.mlp_logits, mlps, rtol=1e-11, atol=1e-11)

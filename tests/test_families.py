@@ -178,6 +178,36 @@ def test_activations(name: str, act: str) -> None:
         agree(pa.fast_patch(model, **inputs(pairs, expected.answers), **QUIET), expected)
 
 
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-inverse-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
+    "neox-no-bias": ("neox", {"attention_bias": False}),
+    "neox-tied": ("neox", {"tie_word_embeddings": True}),
+    "phi3-partial": ("phi3", {"rope_parameters": PARTIAL_ROPE}),
+    "gemma2-no-caps": ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+    "gemma2-tied": ("gemma2", {"tie_word_embeddings": True}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "llama-head-dim": ("llama", {"head_dim": 12}),
+    "llama-8-heads": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 2}),
+    "llama-1-head": ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 33, "head_dim": 6}),
+    "llama-1-layer": ("llama", {"num_hidden_layers": 1}),
+    "neox-1-layer": ("neox", {"num_hidden_layers": 1}),
+    "llama-odd-mlp": ("llama", {"intermediate_size": 7}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_config_options(option: str) -> None:
+    (name, settings), pairs = OPTIONS[option], prompts(differ=(2, -1))
+    model = make(name, **settings)
+    with true_fp64():
+        expected = literal_oracle.path_patch(model, pairs)
+        agree(pa.fast_patch(model, **inputs(pairs, expected.answers, "left"), **QUIET), expected)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa2", "mistral", "gpt2"])
 def test_attention_that_makes_its_own_mask(name: str) -> None:
     """A kernel unknown to the library (as flash attention is) gets plain prompts and their padding, no tree."""

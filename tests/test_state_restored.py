@@ -67,6 +67,27 @@ def test_training_mode_does_not_matter() -> None:
     np.testing.assert_array_equal(still.head_logits, trained.head_logits)
 
 
+def test_gradient_checkpointing() -> None:
+    model = make("llama", torch.float32)
+    plain = pa.fast_patch(model, **given(), **QUIET)
+    model.train()
+    # transformers renamed it
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with unchanged(model):
+        result = pa.fast_patch(model, **given(), **QUIET)
+    np.testing.assert_array_equal(result.head_logits, plain.head_logits)
+
+
+def test_model_made_in_inference_mode() -> None:
+    """Its weights have no version counters; that is no reason to fail."""
+    plain = pa.fast_patch(make("llama", torch.float32), **given(), **QUIET)
+    with torch.inference_mode():
+        model = make("llama", torch.float32)
+    with unchanged(model):
+        result = pa.fast_patch(model, **given(), **QUIET)
+    np.testing.assert_array_equal(result.head_logits, plain.head_logits)
+
+
 @pytest.mark.parametrize("outside", ["grad", "no_grad", "inference_mode", "autocast", "fp64_default", "deterministic"])
 def test_switches_outside(outside: str) -> None:
     """Whatever torch is set to outside, the numbers are the same and the switch stays."""
