@@ -11,6 +11,7 @@ import typer
 from pyarith.cli.options import Corruption, Debug, N, Seed, Top
 from pyarith.cli.terminal import Terminal, reported
 
+_OUT = Path("runs/demo")
 _OPERATORS = ("+", "-", "*", "/")
 _MEANING = """\
 What this shows: how far the answer's logit moves, exactly, when one head or MLP gets its output at
@@ -22,9 +23,7 @@ What it does not show: that a large model works this way (this one is tiny and w
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory; an earlier run in it is replaced.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory; an earlier run in it is replaced.")] = _OUT,
     n: N = 200,
     seed: Seed = 0,
     corruption: Corruption = "operator",
