@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyarith.errors import InputError, InputTypeError, check
-from pyarith.models.sites import ModelSites
+from pyarith.models.sites import ModelSites, length_limits
 
 _SHOWN = 8  # prompts named in a message before "and n more"
 
@@ -150,12 +150,10 @@ def make_batch(
         not bool(equal.any()),
         f"corrupted: expected a token that differs from clean in every pair; prompts {name_prompts(equal)} are equal",
     )
-    limit = getattr(sites.config, "max_position_embeddings", None)
-    if sites.spec.learned_positions and limit is not None:
+    for what, limit in length_limits(sites):
         long = lengths > limit
         check(
             not bool(long.any()),
-            f"clean: expected at most {limit} tokens (config.max_position_embeddings); "
-            f"prompts {name_prompts(long)} have more",
+            f"clean: expected at most {limit} tokens with {what}; prompts {name_prompts(long)} have more",
         )
     return Batch(clean_ids, corrupted_ids, lengths, same.int().cumprod(1).sum(1), targets)

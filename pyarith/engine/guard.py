@@ -17,6 +17,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     The previous flags are kept per module, since a model may be partly in training mode on purpose.
     """
     training = [module for module in model.modules() if module.training]
+    ropes = [_Rope(module) for module in model.modules() if hasattr(module, "rope_type")]
     device = next(model.parameters()).device.type
     try:
         for module in training:
@@ -26,6 +27,28 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for rope in ropes:
+            rope.restore()
+
+
+class _Rope:
+    """Rotary embeddings of some kinds rewrite their own buffers and attributes in every forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        self.buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
+
+    def restore(self) -> None:
+        attributes = vars(self.module)
+        for name in [name for name in attributes if not name.startswith("_") and name not in self.attributes]:
+            del attributes[name]
+        attributes.update(self.attributes)
+        for name, (buffer, value) in self.buffers.items():
+            self.module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 class Hooks:

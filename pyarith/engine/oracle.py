@@ -42,8 +42,13 @@ class Sender:
     head: int | None
 
 
-def _state(sites: ModelSites) -> tuple[Any, ...]:
-    """Changes whenever a weight is written or replaced, or a hook or an override is added in a block."""
+def _state(sites: ModelSites) -> tuple[Any, ...] | None:
+    """Changes whenever a weight is written or replaced, or a hook or an override is added.
+
+    None where that cannot be told: tensors made in inference mode do not count their changes.
+    """
+    if any(p.is_inference() for p in sites.model.parameters()):
+        return None
     hooks = tuple(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in sites.model.modules()
     )
@@ -60,7 +65,7 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
         SelfCheckError: they do not; family, layer and both numbers are named.
     """
     state = _state(sites)
-    if _checked.get(sites.model) == state:
+    if state is not None and _checked.get(sites.model) == state:
         return
     length = min(_CHECK_TOKENS, int(batch.lengths[0]))
     ids = batch.clean[:1, :length]
@@ -84,7 +89,8 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
         found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean.dtype))
         size = max(float(clean[layer].abs().max()), float(changed[layer].abs().max()))
         _compare(sites, f"layer {layer}, attention write", found, changed[layer], size)
-    _checked[sites.model] = state
+    if state is not None:
+        _checked[sites.model] = state
 
 
 def _capture_pair(sites: ModelSites, clean: Tensor, corrupted: Tensor) -> Captured:

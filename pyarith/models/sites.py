@@ -81,6 +81,23 @@ class ModelSites:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
+def length_limits(sites: ModelSites) -> list[tuple[str, int]]:
+    """(what, tokens) beyond which the model changes or fails: learned positions, and ropes that depend on the length
+    of whatever goes through the model together, so that a prompt's numbers would depend on its company."""
+    config, limits = sites.config, []
+    if sites.spec.learned_positions:
+        limits.append(("learned positions (config.max_position_embeddings)", config.max_position_embeddings))
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
+        kind = str(rope.get("rope_type", ""))
+        if "dynamic" in kind:
+            limits.append((f"rope type {kind!r} (config.max_position_embeddings)", config.max_position_embeddings))
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limits.append((f"rope type {kind!r} ({name})", rope[name]))
+    return limits
+
+
 def supported_families() -> str:
     return ", ".join(sorted(FAMILIES))
 
@@ -192,6 +209,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
             f"model: family {spec.name!r}: expected {config.num_hidden_layers} layers (config.num_hidden_layers), "
             f"found {len(blocks)}"
         )
+    _refuse_shared(spec, blocks)
     unembed = find(model, spec.unembed, "model")
     unembed_weight: Any = unembed.weight
     parallel = getattr(config, spec.parallel) if isinstance(spec.parallel, str) else spec.parallel
@@ -212,6 +230,18 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         device=device,
         dtype=dtype,
     )
+
+
+def _refuse_shared(spec: FamilySpec, blocks: list[BlockSites]) -> None:
+    """Hooks tell layers apart by their modules, so a module must not stand in two of them."""
+    seen: dict[int, int] = {}
+    for layer, block in enumerate(blocks):
+        for name, module in vars(block).items():
+            if module is not None and seen.setdefault(id(module), layer) != layer:
+                raise UnsupportedModelError(
+                    f"model: family {spec.name!r}: layers {seen[id(module)]} and {layer} use one module as {name}; "
+                    "expected one of its own in each layer (weights may be shared)"
+                )
 
 
 def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:

@@ -126,6 +126,7 @@ def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     if projection is None:
         raise UnsupportedModelError(
             f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D "
-            f"without hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks or merge the adapter first"
+            f"without hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks or "
+            "merge the adapter first"
         )
     return projection.matrix.unflatten(0, (sites.n_heads, sites.d_head))
