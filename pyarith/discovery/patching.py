@@ -180,8 +180,8 @@ def _batches(
     check(not extra, f"{extra}: expected inside each batch when clean is PromptPairs or an iterable of batches")
     if isinstance(clean, torch.Tensor) or not isinstance(clean, Iterable | PromptPairs):
         raise InputTypeError(
-            "corrupted, answers: expected tensors beside clean (or clean as PromptPairs or an iterable of batches), got "
-            f"None with clean of type {type(clean).__name__}"
+            "corrupted, answers: expected tensors beside clean (or clean as PromptPairs or an iterable of batches), "
+            f"got None with clean of type {type(clean).__name__}"
         )
     for number, item in enumerate([clean] if isinstance(clean, PromptPairs | Mapping) else clean):
         batch = item.inputs() if isinstance(item, PromptPairs) else item

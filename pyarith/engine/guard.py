@@ -32,23 +32,25 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 class _Rope:
-    """Rotary embeddings of some kinds rewrite their own buffers and attributes in every forward pass."""
+    """Rotary embeddings of some kinds rewrite their own buffers and attributes in every forward pass.
+
+    They do so on copies while this lives; ``restore`` puts the module's own back.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        self.buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
+        self.buffers = dict(module._buffers)
+        for name, buffer in self.buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
 
     def restore(self) -> None:
         attributes = vars(self.module)
         for name in [name for name in attributes if not name.startswith("_") and name not in self.attributes]:
             del attributes[name]
         attributes.update(self.attributes)
-        for name, (buffer, value) in self.buffers.items():
-            self.module._buffers[name] = buffer
-            if not torch.equal(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)
+        self.module._buffers.clear()
+        self.module._buffers.update(self.buffers)
 
 
 class Hooks:
