@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -80,6 +81,16 @@ def test_answers_are_those_of_the_whole_model(model, pairs, choices):
     assert again.correct.all() and again.n_wrong == 0
     np.testing.assert_array_equal(again.still_correct, clean == corrupted)
     assert 0 < again.still_correct.sum() < 12
+
+
+def test_answers_do_not_depend_on_the_size_of_blocks(model, pairs, choices, monkeypatch):
+    known = dataclasses.replace(pairs, answers=choices[1])
+    whole = discover(model, known, senders="mlps", verify=0, progress=False)
+    for tokens in (1, 30):
+        monkeypatch.setattr(sys.modules[discover.__module__], "_TOKENS", tokens)
+        again = discover(model, known, senders="mlps", verify=0, progress=False)
+        np.testing.assert_array_equal(again.correct, whole.correct)
+        assert again.still_correct.all()
 
 
 def test_wrongly_answered_prompts_are_left_out_only_when_asked(model, pairs, choices):

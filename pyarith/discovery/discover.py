@@ -91,7 +91,7 @@ def discover(model: Any, pairs: PromptPairs, *, only_correct: bool = False, **op
     check(len(pairs) > 0, "pairs: expected at least one, got none")
     sites = resolve(model)
     start = time.perf_counter()
-    correct, still = _answered(sites, pairs, pairs.clean), _answered(sites, pairs, pairs.corrupted)
+    correct, still = _answered(sites, pairs)
     middle = time.perf_counter()
     n_wrong = int((~correct).sum())
     kept = correct if only_correct else np.ones_like(correct)
@@ -114,18 +114,21 @@ def discover(model: Any, pairs: PromptPairs, *, only_correct: bool = False, **op
 
 
 def _blocks(pairs: PromptPairs) -> Iterator[np.ndarray]:
-    """Indices of prompts of equal length, about ``_TOKENS`` tokens at a time: no padding, and bounded memory."""
+    """Indices of prompts of equal length, so without padding, at most about ``_TOKENS`` tokens at a time."""
     for length in np.unique(pairs.lengths):
         rows = np.flatnonzero(pairs.lengths == length)
-        yield from np.array_split(rows, -(-len(rows) * int(length) // _TOKENS))
+        blocks = -(-2 * len(rows) * int(length) // _TOKENS)
+        yield from np.array_split(rows, min(len(rows), blocks))
 
 
-def _answered(sites: ModelSites, pairs: PromptPairs, ids: np.ndarray) -> np.ndarray:
-    """bool [batch]: is the answer the first choice at END? Softcaps and logit scales do not change the order."""
-    right = np.zeros(len(pairs), bool)
+def _answered(sites: ModelSites, pairs: PromptPairs) -> np.ndarray:
+    """bool [2, batch], clean and corrupted: is the answer the first choice at END? (A softcap changes no order.)"""
+    right = np.zeros((2, len(pairs)), bool)
     with guard.untouched(sites.model):
         for rows in _blocks(pairs):
-            block = torch.tensor(ids[rows, : pairs.lengths[rows[0]]], device=sites.device)
-            end = sites.decoder(input_ids=block, use_cache=False, return_dict=True).last_hidden_state[:, -1]
-            right[rows] = sites.unembed(end).argmax(-1).cpu().numpy() == pairs.answers[rows]
+            both = np.concatenate([pairs.clean[rows], pairs.corrupted[rows]])
+            ids = torch.tensor(both[:, : pairs.lengths[rows[0]]], device=sites.device)
+            end = sites.decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[:, -1]
+            choices = sites.unembed(end).argmax(-1).cpu().numpy().reshape(2, -1)
+            right[:, rows] = choices == pairs.answers[rows]
     return right
