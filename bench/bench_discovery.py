@@ -21,25 +21,26 @@ from harness import RESULTS, Record
 from workloads import FULL, quick
 
 RUNNERS: dict[str, Callable[..., None]] = {
-    "llama12x12": case_speed.run,
-    "llama12x12_long": case_speed.run,
-    "llama12x12_bf16": case_speed.run,
-    "small8x8": case_speed.run,
     "fewshot": case_fewshot.run,
     "memory": case_memory.run,
 }
-CASES = (*RUNNERS, "startup")
+SPEED = ("llama12x12", "llama12x12_long", "llama12x12_bf16", "small8x8")
+CASES = (*SPEED, *RUNNERS, "startup")
 ROUNDS = {"small8x8": 15, "startup": 9, "fewshot": 5, "memory": 3}
 QUICK_ROUNDS = 2
 DEFAULT_ROUNDS = 7
 
 
-def run_case(name: str, record: Record, rounds: int, small: bool) -> None:
+def run_case(name: str, record: Record, rounds: int, small: bool, peers: bool = True) -> None:
     """One case, by its name in `CASES`."""
     if name == "startup":
         case_startup.run(record, rounds)
     else:
-        RUNNERS[name](record, quick(FULL[name]) if small else FULL[name], rounds)
+        workload = quick(FULL[name]) if small else FULL[name]
+        if name in SPEED:
+            case_speed.run(record, workload, rounds, peers)
+        else:
+            RUNNERS[name](record, workload, rounds)
 
 
 def main() -> None:
@@ -47,13 +48,14 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES, metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: by case)")
+    parser.add_argument("--no-peers", action="store_true", help="speed cases: literal hooks, one head a forward, only")
     parser.add_argument("--out", type=Path, help="JSON-lines file to append to")
     arguments = parser.parse_args()
     default = RESULTS / ("quick.jsonl" if arguments.quick else "discovery.jsonl")
     record = Record(arguments.out or default, arguments.quick)
     for name in arguments.case:
         rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS.get(name, DEFAULT_ROUNDS))
-        run_case(name, record, rounds, arguments.quick)
+        run_case(name, record, rounds, arguments.quick, not arguments.no_peers)
 
 
 @cache

@@ -126,9 +126,12 @@ class SpeedCase:
         return calls
 
 
-def run(record: Record, workload: Workload, rounds: int) -> None:
-    """Check, then time all competitors in interleaved rounds, then write one row each."""
+def run(record: Record, workload: Workload, rounds: int, peers: bool = True) -> None:
+    """Check, then time all competitors in interleaved rounds, then write one row each; without peers only the hooks."""
     case = SpeedCase(workload)
+    if not peers:
+        case.literal = {"hooks": case.literal["hooks"]}
+        case.heads_per_forward = [1]
     oracle = case.oracle()
     results = {name: case.fast(name) for name in FAST}
     checks = {name: case.check(name, sender_logits(result), oracle) for name, result in results.items()}
