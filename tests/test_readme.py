@@ -82,7 +82,7 @@ def test_commands_and_options_exist():
 def test_pictures_and_files_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).is_file(), target
-    for name in re.findall(r"\b[A-Z]{4,}\.md\b", README):
+    for name in re.findall(r"[\w/]*[A-Z]{4,}\.md\b", README):
         assert (ROOT / name).is_file(), name
 
 
