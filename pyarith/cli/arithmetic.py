@@ -60,7 +60,7 @@ def explore(terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, **
     found.seconds["prompts"] = time.perf_counter() - start
     for sign, pairs in drawn.items():
         start = time.perf_counter()
-        with terminal.bar(f"Patching every head and MLP: {name_of(sign)}") as progress:
+        with terminal.bar(f"Patching every head and MLP: {name_of(sign)}", len(pairs)) as progress:
             found.discoveries[sign] = discover(
                 model, pairs, only_correct=prompts.only_correct, progress=progress, **options
             )

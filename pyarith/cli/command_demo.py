@@ -13,13 +13,15 @@ from pyarith.cli.terminal import Terminal, reported
 
 _OUT = Path("runs/demo")
 _OPERATORS = ("+", "-", "*", "/")
-_MEANING = """\
-What this shows: how far the answer's logit moves, exactly, when one head or MLP gets its output at
-  the last token from the corrupted prompt and all other heads keep theirs.
-What it does not show: that a large model works this way (this one is tiny and was trained on such
-  prompts), or that a head is needed (that takes a knock-out). Heads that only move operands are not
-  seen with corrupted operators; try --corruption operands.
-"""
+_SHOWS = (
+    "What this shows: how far the answer's logit moves, exactly, when one head or MLP gets its output at the last token "
+    "from the corrupted prompt and all other heads keep theirs."
+)
+_SHOWS_NOT = (
+    "What it does not show: that a large model works this way (this one is tiny, was trained on such prompts, and its "
+    "first two layers were held back so that heads form later); that a head is needed (that takes a knock-out); heads "
+    "that only move operands (try --corruption operands)."
+)
 
 
 def demo(
@@ -67,7 +69,9 @@ def demo(
             prompts=prompts,
         )
         terminal.line()
-        terminal.line(_MEANING)
+        terminal.text(_SHOWS)
+        terminal.text(_SHOWS_NOT)
+        terminal.line()
         for file in files:
             terminal.line(f"Wrote {file}")
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")

@@ -46,7 +46,7 @@ class Terminal:
             yield
 
     @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int], None] | bool]:
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int, int], None] | bool]:
         """A progress function ``(done, total)`` for ``fast_patch``, or False where stderr is not a terminal."""
         if not self.err.is_terminal:
             yield False
@@ -55,7 +55,7 @@ class Terminal:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.err, transient=True) as progress:
-            task = progress.add_task(what, total=None)
+            task = progress.add_task(what, total=total)
 
             def advance(done: int, total: int) -> None:
                 progress.update(task, completed=done, total=total)
