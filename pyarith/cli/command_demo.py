@@ -14,8 +14,8 @@ from pyarith.cli.terminal import Terminal, reported
 _OUT = Path("runs/demo")
 _OPERATORS = ("+", "-", "*", "/")
 _SHOWS = (
-    "What this shows: how far the answer's logit moves, exactly, when one head or MLP gets its output at the last token "
-    "from the corrupted prompt and all other heads keep theirs."
+    "What this shows: how far the answer's logit moves, exactly, when one head or MLP gets its output at the last "
+    "token from the corrupted prompt and all other heads keep theirs."
 )
 _SHOWS_NOT = (
     "What it does not show: that a large model works this way (this one is tiny, was trained on such prompts, and its "
