@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -60,11 +60,11 @@ class PromptPairs:
     strata: dict[str, np.ndarray] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     role_names: tuple[str, ...] = ROLES
-    index: np.ndarray | None = None
+    index: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # filled in when left out
 
     def __post_init__(self) -> None:
         batch = len(self.prompts)
-        if self.index is None:
+        if batch and not self.index.size:
             object.__setattr__(self, "index", np.arange(batch, dtype=np.int64))
         shape = self.clean.shape
         per_token = {"corrupted": self.corrupted, "attention_mask": self.attention_mask, "roles": self.roles}
@@ -354,7 +354,7 @@ class Aligner:
         return "differs_outside_span" if differing else None
 
 
-def count_dropped(reasons: Sequence[str | None], templates: Sequence[Any] | None = None) -> dict[str, Any]:
+def count_dropped(reasons: Sequence[str | None], templates: Iterable[Any] | None = None) -> dict[str, Any]:
     """`dropped` {reason: count}, and `dropped_by_template` {template: {reason: count}} where templates are given."""
     counts: dict[str, Any] = {"dropped": dict(Counter(reason for reason in reasons if reason is not None))}
     if templates is not None:
@@ -366,7 +366,7 @@ def count_dropped(reasons: Sequence[str | None], templates: Sequence[Any] | None
     return counts
 
 
-def _report(aligned: Alignment, columns: dict[str, list[str]], kept: np.ndarray, on_misaligned: str) -> None:
+def _report(aligned: Alignment, columns: Mapping[str, Sequence[str]], kept: np.ndarray, on_misaligned: str) -> None:
     """Raise for the misaligned pairs, unless they may be dropped and some are left."""
     bad = [row for row, reason in enumerate(aligned.reasons) if reason is not None]
     if not bad or (on_misaligned == "drop" and len(kept)):

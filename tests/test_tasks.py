@@ -110,6 +110,7 @@ def test_division_of_split_numbers_keeps_lengths_equal():
         for a, b in zip(*(pairs.strata[k] for k in ("operand_a", "corrupted_operand_a")), strict=True)
     ]
     assert all(digits) and max(pairs.strata["operand_a"]) > 9
+    assert "length_differs" not in pairs.settings["dropped"]  # swaps are drawn among numbers of as many digits
 
 
 def test_too_few_say_how_many_and_why():

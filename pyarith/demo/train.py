@@ -119,7 +119,7 @@ def build_model(tokenizer: Any, settings: dict[str, Any]) -> Any:
 
 def parameter_groups(model: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Weight decay on matrices only; the attention of the first `early_layers` layers learns slowly."""
-    groups = {(slow, decayed): [] for slow in (False, True) for decayed in (False, True)}
+    groups: dict[tuple[bool, bool], list[Any]] = {(a, b): [] for a in (False, True) for b in (False, True)}
     early = tuple(f"model.layers.{layer}.self_attn." for layer in range(settings["early_layers"]))
     for name, parameter in model.named_parameters():
         groups[name.startswith(early) if early else False, parameter.ndim > 1].append(parameter)

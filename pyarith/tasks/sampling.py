@@ -58,12 +58,12 @@ def collect(
         able = [one for one in block if one.refused is None]
         verdict = {id(one): one.refused for one in block}
         if able:
-            given = [one.corrupted_answer for one in able]
+            given = [one.corrupted_answer for one in able if one.corrupted_answer is not None]
             aligned = aligner.align(
                 [one.prompt for one in able],
                 [one.corrupted for one in able],
                 [one.answer for one in able],
-                None if None in given else given,
+                given if len(given) == len(able) else None,
                 [one.replaced for one in able],
                 space,
             )
