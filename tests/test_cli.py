@@ -208,7 +208,7 @@ def test_a_wrong_path_is_named(tmp_path):
 def test_an_uncached_hub_name_without_network_gets_a_clear_word(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = ("'no-one/no-model' is no folder here and not in the local Hugging Face cache", "hub cannot be reached")
-    refused(pyarith("discover", "no-one/no-model"), *words, "Give the path of a local checkpoint")
+    refused(pyarith("discover", "no-one/no-model"), *words, "offline mode is enabled", "Give the path of a local")
 
 
 def test_a_cached_hub_model_is_used_without_network(checkpoint, tmp_path, monkeypatch):
