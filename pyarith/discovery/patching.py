@@ -15,7 +15,7 @@ from pyarith.engine.planner import parse_bytes
 from pyarith.engine.run import Options, run
 from pyarith.errors import BackendError, InputTypeError, check
 from pyarith.models.sites import ModelSites, resolve
-from pyarith.ops._registry import ORDER as BACKENDS
+from pyarith.ops._registry import NAMES as BACKENDS
 from pyarith.prompts import PromptPairs
 from pyarith.result import PatchResult
 
@@ -30,6 +30,8 @@ _MLPS = {
         "value, final norm recomputed (path_patching.path_patch to resid_post with direct_includes_mlps=False)"
     ),
 }
+# what a run calls; other ops of the library do not decide whether it can run
+_OPS = ("add_norm", "gated_act", "answer_logits", "head_write_rows", "vocab_logsumexp")
 _BATCH_KEYS = ("clean", "corrupted", "answers", "attention_mask", "corrupted_attention_mask", "foils")
 
 
@@ -148,16 +150,15 @@ def _backends(sites: ModelSites, backend: str) -> dict[str, str]:
     Raises:
         InputError, BackendError: an unknown name, or a backend that cannot run here, with the reasons.
     """
-    names = dict.fromkeys(row.op for row in ops.report())
     if backend == "auto":
-        return {op: ops.backend_of(op, sites.device, sites.row_dtype) for op in names}
+        return {op: ops.backend_of(op, sites.device, sites.row_dtype) for op in _OPS}
     check(backend in BACKENDS, f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
-    reasons = {op: ops.why_not(op, backend, sites.device, sites.row_dtype) for op in names}
+    reasons = {op: ops.why_not(op, backend, sites.device, sites.row_dtype) for op in _OPS}
     failed = {op: reason for op, reason in reasons.items() if reason is not None}
     if failed:
         why = "; ".join(f"{op}: {reason}" for op, reason in failed.items())
         raise BackendError(f"backend: {backend!r} cannot run on {sites.device} ({why}); use backend='auto'")
-    return dict.fromkeys(names, backend)
+    return dict.fromkeys(_OPS, backend)
 
 
 def _batches(

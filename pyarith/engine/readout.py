@@ -138,6 +138,10 @@ class Readout:
     def log_sum_exp(self, hidden: Tensor) -> Tensor:
         """Log-sum-exp over the vocabulary: [..., d_model] -> [...]; no [..., d_vocab] is held."""
         flat = ops.vocab_logsumexp(
-            hidden.flatten(0, -2), self.unembed.matrix.t(), self.unembed.bias, softcap=self.sites.softcap
+            hidden.flatten(0, -2),
+            self.unembed.matrix.t(),
+            self.unembed.bias,
+            softcap=self.sites.softcap,
+            backend=self.backend,
         )
         return flat.view(hidden.shape[:-1])

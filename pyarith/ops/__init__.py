@@ -7,9 +7,10 @@ from pyarith.ops._contract import ACTS, KINDS
 from pyarith.ops._native import info as native_info
 from pyarith.ops._registry import ReportRow, backend_of, report, why_not
 from pyarith.ops.add_norm import add_norm
-from pyarith.ops.answer_logits import answer_logits, vocab_logsumexp
+from pyarith.ops.answer_logits import answer_logits
 from pyarith.ops.gated_act import gated_act
 from pyarith.ops.head_write_rows import head_write_rows
+from pyarith.ops.vocab_logsumexp import vocab_logsumexp
 
 __all__ = [
     "ACTS",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyarith.errors import InputError
+from pyarith.errors import BackendError, InputError
 
 CPU_LEVELS = ("base", "avx2", "avx512")
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -55,6 +55,25 @@ def why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _CPU_DTYPES:
         return f"the C++ kernels compute in float32 and bfloat16, not in {dtype}"
     return None
+
+
+def launch(kernel: str, *tensors: torch.Tensor | None, **scalars: object) -> None:
+    """Start a CUDA kernel of the extension on the device of the first tensor, on torch's current stream there.
+
+    Raises:
+        BackendError: CUDA refused the launch.
+    """
+    first = tensors[0]
+    assert first is not None
+    with torch.cuda.device(first.device):
+        stream = torch.cuda.current_stream(first.device).cuda_stream
+        try:
+            getattr(C, kernel)(*tensors, **scalars, stream=stream)
+        except RuntimeError as error:
+            raise BackendError(
+                f"{kernel}: CUDA refused the launch on {first.device}: {error}. An earlier kernel may be the cause: "
+                "run again with CUDA_LAUNCH_BLOCKING=1, or with backend='reference'"
+            ) from error
 
 
 def why_not_cuda(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -2,7 +2,7 @@
 
 torch dispatches on the device only, so each op registers one function for every device key; that
 function asks this table. A backend asked for by name runs or raises `BackendError` with the reason;
-"auto" takes the first of `ORDER` that can run, and `backend_of` says which.
+"auto" takes the first of an op's own list that can run, and `backend_of` says which.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from pyarith.errors import BackendError, InputError
 
 LIBRARY = torch.library.Library("pyarith", "DEF")
-ORDER = ("cpu", "cuda", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 DEVICE_KEYS = ("CPU", "CUDA", "MPS")
 
 _log = logging.getLogger(__name__)
@@ -62,14 +62,15 @@ def define(op: str, schema: str, check: Callable[..., torch.dtype], backends: di
             arguments, nothing returned, ``str backend="auto"`` as the last keyword.
         check: the op's contract; raises or returns the dtype that decides on the backend. It is the fake
             function too, so both paths refuse the same inputs.
-        backends: name (of `ORDER`) -> implementation; ``reference`` must be there.
+        backends: name (of `NAMES`) -> implementation, in the order in which "auto" tries them; ``reference``, which
+            runs everywhere, comes last.
     """
-    unknown = set(backends) - set(ORDER)
-    if unknown or "reference" not in backends or op in _table:
+    unknown = set(backends) - set(NAMES)
+    if unknown or list(backends)[-1:] != ["reference"] or op in _table:
         raise InputError(
-            f"define {op!r}: new op with backends of {ORDER} and a reference expected, got {list(backends)}"
+            f"define {op!r}: new op with backends of {NAMES}, the reference last, expected; got {list(backends)}"
         )
-    _table[op] = {name: backends[name] for name in ORDER if name in backends}
+    _table[op] = backends
 
     def fake(*args: Any, backend: str = "auto") -> None:
         check(*args)
@@ -100,8 +101,8 @@ def _backends(op: str) -> dict[str, Backend]:
 
 def _choose(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable[..., None]]:
     known = _backends(op)
-    if backend != "auto" and backend not in ORDER:
-        raise InputError(f"backend: expected one of auto, {', '.join(ORDER)}; got {backend!r}")
+    if backend != "auto" and backend not in NAMES:
+        raise InputError(f"backend: expected one of auto, {', '.join(NAMES)}; got {backend!r}")
     for name in known if backend == "auto" else (backend,):
         reason = why_not(op, name, device, dtype)
         if reason is None:
@@ -137,7 +138,7 @@ def report(dtype: torch.dtype = torch.float32) -> list[ReportRow]:
     """Every op and every backend name with the reason why it cannot run (None where it can)."""
     rows = []
     for op, known in sorted(_table.items()):
-        for name in ORDER:
+        for name in NAMES:
             devices = known[name].devices if name in known else ()
             reason = why_not(op, name, torch.device(devices[0] if devices else "cpu"), dtype)
             rows.append(ReportRow(op, name, reason is None, reason))

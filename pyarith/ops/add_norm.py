@@ -139,18 +139,17 @@ def _cuda(
     eps: float,
     kind: str,
 ) -> None:
-    with torch.cuda.device(row.device):
-        _native.C.add_norm_cuda(
-            row,
-            _upcast(delta, _CUDA_READS),
-            _upcast(write, _F32),
-            _upcast(weight, _CUDA_READS),
-            _upcast(bias, _CUDA_READS),
-            out,
-            eps=eps,
-            kind=kind,
-            stream=torch.cuda.current_stream(row.device).cuda_stream,
-        )
+    _native.launch(
+        "add_norm_cuda",
+        row,
+        _upcast(delta, _CUDA_READS),
+        _upcast(write, _F32),
+        _upcast(weight, _CUDA_READS),
+        _upcast(bias, _CUDA_READS),
+        out,
+        eps=eps,
+        kind=kind,
+    )
 
 
 _op = define(

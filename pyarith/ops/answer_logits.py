@@ -1,4 +1,4 @@
-"""`answer_logits`: final norm and a few unembedding rows per prompt; `vocab_logsumexp`: the whole vocabulary."""
+"""`answer_logits`: final norm and a few unembedding rows per prompt."""
 
 from __future__ import annotations
 
@@ -67,10 +67,11 @@ def reference(
     logits = scale * logits
     if target_bias is not None:
         logits = logits + target_bias.to(row.dtype)
-    out.copy_(_softcapped(logits, softcap))
+    out.copy_(softcapped(logits, softcap))
 
 
-def _softcapped(logits: Tensor, softcap: float) -> Tensor:
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap), or the logits where softcap is 0."""
     return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
 
@@ -158,52 +159,3 @@ def answer_logits(
         out = torch.empty((row.shape[0], row.shape[1], target_rows.shape[1]), dtype=row.dtype, device=row.device)
     _op(row, write, weight, bias, target_rows, target_bias, out, eps, kind, scale, softcap, backend=backend)
     return out
-
-
-def vocab_logsumexp(
-    normed: Tensor,
-    unembed: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    chunk: int = 8192,
-) -> Tensor:
-    """Log-sum-exp of the logits of each row over the whole vocabulary, chunk by chunk.
-
-    out[r] = log sum_t exp(cap(scale * (normed[r] . unembed[t]) + bias[t])), cap as in `answer_logits`.
-
-    Args:
-        normed: normalised rows, [rows, d_model], any float dtype.
-        unembed: [d_vocab, d_model], any float dtype.
-        bias: [d_vocab] or None.
-        scale, softcap: the model's logit scale and softcap (0 = none).
-        chunk: tokens at a time; at most [rows, chunk] logits exist.
-    Returns:
-        [rows], fp64 if normed or unembed is, else fp32.
-    Raises:
-        InputError: a shape, dtype or device differs from the above.
-    Notes: 16-bit inputs are upcast, so products are accumulated and kept in fp32.
-    """
-    expect_tensor("normed", normed)
-    expect_tensor("unembed", unembed)
-    expect_no_grad("vocab_logsumexp", normed, unembed, bias)
-    expect_dims("normed", normed, 2, "[rows, d_model]")
-    expect_like("normed", normed, normed.device, FLOATS)
-    expect_dims("unembed", unembed, 2, "[d_vocab, d_model]")
-    expect_shape("unembed", unembed, (unembed.shape[0], normed.shape[1]), "[d_vocab, d_model]")
-    expect_like("unembed", unembed, normed.device, FLOATS)
-    if bias is not None:
-        expect_shape("bias", bias, unembed.shape[:1], "[d_vocab]")
-        expect_like("bias", bias, normed.device, FLOATS)
-    if chunk < 1:
-        raise InputError(f"chunk: expected a positive number of tokens, got {chunk}")
-    wide = torch.float64 if torch.float64 in (normed.dtype, unembed.dtype) else torch.float32
-    rows = normed.to(wide)
-    total = torch.full((normed.shape[0],), -torch.inf, dtype=wide, device=normed.device)
-    for start in range(0, unembed.shape[0], chunk):
-        logits = scale * (rows @ unembed[start : start + chunk].to(wide).T)
-        if bias is not None:
-            logits = logits + bias[start : start + chunk].to(wide)
-        total = torch.logaddexp(total, _softcapped(logits, softcap).logsumexp(-1))
-    return total

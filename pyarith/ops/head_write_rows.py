@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyarith.errors import InputError
+from pyarith.ops import _native
 from pyarith.ops._contract import FLOATS, WIDE, expect_dims, expect_like, expect_no_grad, expect_shape, expect_tensor
 from pyarith.ops._registry import Backend, define
 
@@ -49,7 +50,11 @@ _op = define(
     "head_write_rows",
     '(Tensor dz, Tensor w_o, Tensor? base, Tensor(a!) out, *, str backend="auto") -> ()',
     _check,
-    {"cpu": Backend(_bmm, ("cpu",)), "reference": Backend(reference)},
+    {
+        "cpu": Backend(_bmm, ("cpu",)),
+        "cuda": Backend(_bmm, ("cuda",), _native.why_not_cuda),
+        "reference": Backend(reference),
+    },
 )
 
 

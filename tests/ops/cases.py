@@ -98,6 +98,10 @@ def samples() -> dict[str, list[tuple]]:
             (row, write, weight, None, targets, make(2, 4), torch.empty(3, 2, 4), 1e-5, "rms1p", 0.5, 30.0),
             (row, None, weight, bias, targets, None, torch.empty(3, 2, 4), 1e-5, "layer", 1.0, 0.0),
         ],
+        "vocab_logsumexp": [
+            (make(5, 17), make(101, 17), make(101), torch.empty(5), 0.5, 20.0),
+            (make(5, 17), make(101, 17), None, torch.empty(5), 1.0, 0.0),
+        ],
         "head_write_rows": [
             (dz, w_o, make(2, 17), torch.empty(3, 2, 17)),
             (dz, w_o, None, torch.empty(3, 2, 17)),

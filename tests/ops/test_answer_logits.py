@@ -1,11 +1,11 @@
-"""answer_logits and vocab_logsumexp: by hand, kernel against fp64, refusals."""
+"""answer_logits: by hand, kernel against fp64, refusals."""
 
 import math
 
 import pytest
 import torch
 from cases import NATIVE, SIZES, make, misaligned, name_of, plain_answer_logits
-from tolerances import assert_within_rule, error
+from tolerances import assert_within_rule
 
 from pyarith import ops
 from pyarith.errors import InputError
@@ -103,32 +103,6 @@ def test_refusals_name_the_argument(changed, words):
     with pytest.raises(InputError) as caught:
         ops.answer_logits(**(known | changed))
     assert words in str(caught.value)
-
-
-def plain_logsumexp(dtype, normed, unembed, bias, scale, softcap):
-    logits = scale * (normed.to(dtype) @ unembed.to(dtype).T)
-    logits = logits if bias is None else logits + bias.to(dtype)
-    return (softcap * torch.tanh(logits / softcap) if softcap else logits).logsumexp(-1)
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=name_of)
-@pytest.mark.parametrize("chunk", (1, 7, 100, 101, 8192))
-def test_vocab_logsumexp(dtype, chunk):
-    normed, unembed, bias = make(5, 17, dtype=dtype), make(101, 17, dtype=dtype), make(101)
-    out = ops.vocab_logsumexp(normed, unembed, bias, scale=0.5, softcap=20.0, chunk=chunk)
-    oracle = plain_logsumexp(torch.float64, normed, unembed, bias, 0.5, 20.0)
-    assert out.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-    assert_within_rule(out, plain_logsumexp(out.dtype, normed, unembed, bias, 0.5, 20.0), oracle)
-
-
-def test_vocab_logsumexp_of_large_logits_and_no_rows():
-    normed = torch.full((2, 1), 1000.0)
-    assert error(ops.vocab_logsumexp(normed, torch.ones(4, 1), chunk=3), torch.full((2,), 1000 + math.log(4))) < 1e-6
-    assert ops.vocab_logsumexp(torch.empty(0, 3), torch.ones(4, 3)).shape == (0,)
-    with pytest.raises(InputError, match="chunk: expected a positive number"):
-        ops.vocab_logsumexp(normed, torch.ones(4, 1), chunk=0)
-    with pytest.raises(InputError, match="unembed: expected shape"):
-        ops.vocab_logsumexp(normed, torch.ones(4, 2))
 
 
 def test_wide_rows_are_summed_carefully() -> None:
