@@ -28,6 +28,8 @@ _MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Behind a stored prefix the pairs of a forward pass share one row and pay for masked attention among each other.
 _MAX_PREFIXED_TOKENS = {"cpu": 512, "cuda": 2048}
 _MAX_ROWS = {"cpu": 512, "cuda": 16384}
+# What a run without a stated budget takes at most: on a GPU, blocks of this size keep the GEMMs on their plateau.
+_ENOUGH_BYTES = {"cuda": 4 * 2**30}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -150,13 +152,15 @@ class Planner:
         return self._prefix_bytes + plan.prompts * self._stored + max(replayed, captured)
 
     def plan(self, budget: int | None) -> Plan:
-        """The largest useful blocks within the budget (None: half of what is free).
+        """The largest useful blocks within the budget (None: half of what is free, on a GPU at most 4 GiB).
 
         Raises:
             MemoryBudgetError: not even one prompt fits; the message says the smallest budget that works.
         """
         kind = self.sites.device.type
-        budget = free_bytes(self.sites.device) // 2 if budget is None else budget
+        if budget is None:
+            free = free_bytes(self.sites.device) // 2
+            budget = min(free, _ENOUGH_BYTES.get(kind, free))
         tokens = _MAX_PREFIXED_TOKENS if self.prefix else _MAX_TOKENS
         plan = Plan(min(self.n, _MAX_PROMPTS), tokens.get(kind, tokens["cpu"]), _MAX_ROWS.get(kind, _MAX_ROWS["cpu"]))
         # the three sizes cost differently; shrink what is dearest relative to what it buys

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyarith.engine import oracle
 from pyarith.engine.batch import Batch, name_prompts
 from pyarith.engine.capture import Captured, Prefix, allocate, capture, takes_trees
+from pyarith.engine.clock import mark, seconds
 from pyarith.engine.oracle import Sender
 from pyarith.engine.planner import Plan, Planner
 from pyarith.engine.readout import Readout
@@ -79,7 +80,7 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
     if options.verify:
         start = time.perf_counter()
         result.verification_error = _verify(sites, batch, result.arrays, options)
-        timings["verify"] = time.perf_counter() - start
+        timings["verify"] = time.perf_counter() - start  # its numbers are on the host: nothing is still queued
     return result
 
 
@@ -90,11 +91,13 @@ def _sweep(
     order = planner.pair.argsort(stable=True)
     collector = _Collector(sites, replay, batch, options)
     timings = {"capture": 0.0, "replay": 0.0}
-    start = time.perf_counter()
-    prefix = Prefix(sites, batch.clean[0, : planner.prefix])
-    timings["capture"] += time.perf_counter() - start
+    prefix = None
     done = 0
     while done < len(order):
+        if prefix is None:
+            start = mark(sites.device)
+            prefix = Prefix(sites, batch.clean[0, : planner.prefix])
+            timings["capture"] += seconds(start, mark(sites.device))
         try:
             for groups in planner.groups(plan, order[done:]):
                 block = torch.cat(groups)
@@ -107,7 +110,8 @@ def _sweep(
                 raise
             plan = _smaller(plan, sites, error)
             replay.release()
-            prefix = Prefix(sites, batch.clean[0, : planner.prefix])
+            # made anew at the top of the loop, when the error no longer keeps the failed block's tensors alive
+            prefix = None
     replay.release()
     return collector.arrays, timings, plan
 
@@ -137,19 +141,20 @@ def _block(
     options: Options,
     timings: dict[str, float],
 ) -> tuple[Captured, Any, Readout]:
-    start = time.perf_counter()
+    start = mark(sites.device)
     block = torch.cat(groups)
     captured = allocate(sites, len(block), options.mlps)
     at = 0
     for group in groups:
         capture(sites, batch, group, prefix, captured, slice(at, at + len(group)))
         at += len(group)
-    middle = time.perf_counter()
+    middle = mark(sites.device)
     targets = batch.targets[block].to(sites.device)
     rows = replay.run(captured, targets, plan.rows)
+    end = mark(sites.device)
     readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
-    timings["capture"] += middle - start
-    timings["replay"] += time.perf_counter() - middle
+    timings["capture"] += seconds(start, middle)
+    timings["replay"] += seconds(middle, end)
     return captured, rows, readout
 
 
@@ -177,10 +182,13 @@ class _Collector:
 
     def add(self, block: Tensor, captured: Captured, rows: Any, readout: Readout) -> None:
         hidden = torch.stack([captured.clean_hidden, captured.corrupted_hidden])
-        own = readout.of_hidden(hidden)
-        own_lse = readout.log_sum_exp(hidden).cpu()
-        own = own.cpu()
-        logits, lse = rows.logits.cpu(), None if rows.lse is None else rows.lse.cpu()
+        logits, own, own_lse, *more = _to_host(
+            rows.logits,
+            readout.of_hidden(hidden),
+            readout.log_sum_exp(hidden),
+            *([] if rows.lse is None else [rows.lse]),
+        )
+        lse = more[0] if more else None
         if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(own).all())):
             raise NonFiniteError(_first_non_finite(self.sites, captured, block))
         index = block.numpy()
@@ -230,6 +238,12 @@ class _Collector:
                 target[at][..., index, :] = value.numpy()
             else:
                 target[at][..., index] = value.numpy()
+
+
+def _to_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one dtype, copied to the host in one transfer."""
+    flat = torch.cat([t.flatten() for t in tensors]).cpu()
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> str:
