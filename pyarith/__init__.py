@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyarith import tasks as tasks
     from pyarith.demo import load_demo as load_demo
+    from pyarith.discovery import discover as discover
     from pyarith.discovery import fast_patch as fast_patch
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "fast_patch": "pyarith.discovery",
+    "discover": "pyarith.discovery",
     "PatchResult": "pyarith.result",
     "PromptPairs": "pyarith.prompts",
     "Head": "pyarith.types",

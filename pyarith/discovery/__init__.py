@@ -1,5 +1,6 @@
 """Discovery: which heads and MLPs carry a behaviour."""
 
+from pyarith.discovery.discover import discover
 from pyarith.discovery.patching import fast_patch
 
-__all__ = ["fast_patch"]
+__all__ = ["discover", "fast_patch"]

@@ -74,8 +74,10 @@ def fast_patch(
         mlps: "recomputed" (the paper's quantity) or "frozen" (later MLPs keep their clean output: another quantity).
         foils: int64 [batch, k] other answers whose logits are wanted too.
         log_probs: also log-probabilities of the answer (the vocabulary is run through in chunks).
-        memory_budget: bytes or a text such as "2GiB" beyond the model; None = half of what is free on its device.
-        backend: "auto" or the name of an op backend ("cpu", "cuda", "reference"); by name it runs or raises.
+        memory_budget: bytes or a text such as "2GiB" beyond the model; None = half of what is free on its device, on a
+            GPU at most 4 GiB (larger blocks gain nothing there).
+        backend: "auto" or the name of an op backend ("cpu", "cuda", "reference"); by name it runs or raises. "cuda" is
+            CUDA C++, and the vendor's library for matrix products; "auto" also takes Triton kernels.
         verify: number of senders re-run literally with hooks, on at most two prompts; 0 = none.
         progress: None = a bar on a terminal, False = none, or a callable ``(done, total)`` in prompts.
 
@@ -215,7 +217,10 @@ def _settings(
         "n_layers": sites.n_layers,
         "n_heads": sites.n_heads,
         "device": str(sites.device),
+        **({"device_name": torch.cuda.get_device_name(sites.device)} if sites.device.type == "cuda" else {}),
         "dtype": str(sites.dtype).removeprefix("torch."),
+        # torch's default is "highest": fp32 products in fp32; lower settings are the caller's choice, and are kept
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "attention": sites.attention,
         "senders": list(wanted),
         "mlps": mlps,

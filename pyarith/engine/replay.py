@@ -176,6 +176,13 @@ class Replay:
             have = self._work[name] = torch.empty(size, dtype=dtype, device=self.sites.device)
         return have[:size].view(shape)
 
+    def _reserve(self, variants: int, batch: int) -> None:
+        """Make the buffers of a row block at their final size: grown layer by layer, old and new would coexist."""
+        width = max(m.width for m in self.mlps)
+        self._buffer("x", (variants, batch, self.sites.d_model), self.sites.dtype)
+        if width and not self.frozen:
+            self._buffer("work", (variants * batch * width,), self.sites.dtype)
+
     def release(self) -> None:
         self._work.clear()
 
@@ -187,6 +194,7 @@ class Replay:
         batch = len(targets)
         rows = self._buffer("rows", (self.n_variants, batch, sites.d_model), sites.row_dtype)
         per_block = max(1, row_block // batch)
+        self._reserve(min(per_block, self.n_variants), batch)
         readout = Readout(sites, self.final_norm, self.unembed, targets, self.backend)
         if self.frozen:
             base = captured.base[sites.n_layers]
