@@ -8,10 +8,18 @@
 #include "pyarith/dlpack.h"
 #include "pyarith/ops.h"
 
+// kDLCUDA. The test build that runs the CUDA kernels' sources on the CPU sets kDLCPU.
+#ifndef PYARITH_CUDA_DEVICE_TYPE
+#define PYARITH_CUDA_DEVICE_TYPE 2
+#endif
+
 namespace py = pybind11;
 using namespace pyarith;
 
 namespace {
+
+constexpr int cpu_device = 1;  // kDLCPU
+constexpr int cuda_device = PYARITH_CUDA_DEVICE_TYPE;
 
 PyTypeObject* tensor_type = nullptr;
 int (*view_of)(void*, DLTensor*) = nullptr;
@@ -60,7 +68,7 @@ void expect(const char* name, const Tensor& tensor, int device, std::initializer
             std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
     if (!tensor.defined) return;
     const DLTensor& view = tensor.view;
-    if (view.device.device_type != device) refuse(name, device == 1 ? "a CPU tensor" : "a CUDA tensor");
+    if (view.device.device_type != device) refuse(name, device == cpu_device ? "a CPU tensor" : "a CUDA tensor");
     bool fits = view.ndim == static_cast<int>(shape.size());
     for (int axis = 0; fits && axis < view.ndim; ++axis) fits = view.shape[axis] == shape.begin()[axis];
     if (!fits) refuse(name, "another shape");
@@ -106,7 +114,8 @@ AddNorm add_norm_of(const Tensor& row, const Tensor& delta, const Tensor& write,
 
 void add_norm_cpu(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
                   const std::string& kind, int threads) {
-    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, 1, {DType::f32, DType::bf16});
+    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, cpu_device,
+                                   {DType::f32, DType::bf16});
     py::gil_scoped_release unlocked;
     cpu::add_norm(op, threads);
 }
@@ -115,9 +124,9 @@ void gated_act_cpu(Tensor gate, Tensor up, Tensor out, const std::string& act, i
     if (!gate.defined || gate.view.ndim != 2 || !out.defined) refuse("gate and out", "[rows, d_mlp]");
     const int64_t rows = gate.size(0), d_mlp = gate.size(1);
     const DType dtype = gate.dtype();
-    expect("gate", gate, 1, {rows, d_mlp}, {DType::f32, DType::bf16}, Layout::strided_rows);
-    expect("up", up, 1, {rows, d_mlp}, {dtype}, Layout::strided_rows);
-    expect("out", out, 1, {rows, d_mlp}, {dtype}, Layout::strided_rows);
+    expect("gate", gate, cpu_device, {rows, d_mlp}, {DType::f32, DType::bf16}, Layout::strided_rows);
+    expect("up", up, cpu_device, {rows, d_mlp}, {dtype}, Layout::strided_rows);
+    expect("out", out, cpu_device, {rows, d_mlp}, {dtype}, Layout::strided_rows);
     const GatedAct op{gate.data(), up.data(), out.data(), rows, d_mlp, gate.view.strides[0],
                       up.defined ? up.view.strides[0] : 0, out.view.strides[0], act_of(act), dtype};
     py::gil_scoped_release unlocked;
@@ -131,13 +140,13 @@ void answer_logits_cpu(Tensor row, Tensor write, Tensor weight, Tensor bias, Ten
     if (!weight.defined || !out.defined) refuse("weight and out", "tensors, not None");
     const int64_t variants = row.size(0), batch = row.size(1), d_model = row.size(2), k = target_rows.size(1);
     const auto reads = {DType::f32, DType::bf16};
-    expect("row", row, 1, {variants, batch, d_model}, {DType::f32});
-    expect("write", write, 1, {batch, d_model}, {DType::f32});
-    expect("weight", weight, 1, {d_model}, reads);
-    expect("bias", bias, 1, {d_model}, reads);
-    expect("target_rows", target_rows, 1, {batch, k, d_model}, reads);
-    expect("target_bias", target_bias, 1, {batch, k}, {DType::f32});
-    expect("out", out, 1, {variants, batch, k}, {DType::f32});
+    expect("row", row, cpu_device, {variants, batch, d_model}, {DType::f32});
+    expect("write", write, cpu_device, {batch, d_model}, {DType::f32});
+    expect("weight", weight, cpu_device, {d_model}, reads);
+    expect("bias", bias, cpu_device, {d_model}, reads);
+    expect("target_rows", target_rows, cpu_device, {batch, k, d_model}, reads);
+    expect("target_bias", target_bias, cpu_device, {batch, k}, {DType::f32});
+    expect("out", out, cpu_device, {variants, batch, k}, {DType::f32});
     const AnswerLogits op{static_cast<const float*>(row.data()), static_cast<const float*>(write.data()),
                           weight.data(), bias.data(), target_rows.data(),
                           static_cast<const float*>(target_bias.data()), static_cast<float*>(out.data()),
@@ -150,7 +159,7 @@ void answer_logits_cpu(Tensor row, Tensor write, Tensor weight, Tensor bias, Ten
 #ifdef PYARITH_WITH_CUDA
 void add_norm_cuda(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
                    const std::string& kind, uintptr_t stream) {
-    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, 2,
+    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, cuda_device,
                                    {DType::f32, DType::bf16, DType::f16});
     if (const char* error = cuda::add_norm(op, stream)) throw std::runtime_error(error);
 }

@@ -112,16 +112,10 @@ const char* add_norm(const AddNorm& op, uintptr_t stream_value) {
     const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_value);
     const RowPlan plan = row_plan(op.d_model, aligned(op), VECTOR);
     const dim3 grid(static_cast<unsigned>(rows)), block(plan.threads);
-    if (plan.vectors == 1)
-        in_registers<1><<<grid, block, 0, stream>>>(op);
-    else if (plan.vectors == 2)
-        in_registers<2><<<grid, block, 0, stream>>>(op);
-    else if (plan.vectors == 4)
-        in_registers<4><<<grid, block, 0, stream>>>(op);
-    else
-        streamed<<<grid, block, 0, stream>>>(op);
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (plan.vectors == 1) return launch(in_registers<1>, grid, block, stream, op);
+    if (plan.vectors == 2) return launch(in_registers<2>, grid, block, stream, op);
+    if (plan.vectors == 4) return launch(in_registers<4>, grid, block, stream, op);
+    return launch(streamed, grid, block, stream, op);
 }
 
 }  // namespace pyarith::cuda

@@ -8,11 +8,23 @@
 
 #include <cstdint>
 
+#include "cuda/math.h"
 #include "pyarith/ops.h"
 
 namespace pyarith::cuda {
 
 constexpr int VECTOR = 8;
+
+// The only place with launch syntax, so that the kernels' sources also compile as plain C++ (tests/ops/cuda_on_cpu
+// runs them there, with a `launch` of its own). Returns null, or CUDA's error text.
+#ifdef __CUDACC__
+template <class... Params, class... Args>
+const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
+    kernel<<<grid, block, 0, stream>>>(args...);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
 
 __device__ inline float load_one(const void* data, DType dtype, int64_t i) {
     if (dtype == DType::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
@@ -44,7 +56,7 @@ __device__ inline void load_vector(const void* data, DType dtype, int64_t i, flo
     for (int j = 0; j < 4; ++j) {
         float2 two;
         if (dtype == DType::bf16)
-            two = make_float2(__uint_as_float(words[j] << 16), __uint_as_float(words[j] & 0xffff0000u));
+            two = make_float2(float_of_bits(words[j] << 16), float_of_bits(words[j] & 0xffff0000u));
         else
             two = __half22float2(*reinterpret_cast<const __half2*>(&words[j]));
         x[2 * j] = two.x, x[2 * j + 1] = two.y;
