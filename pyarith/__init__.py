@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from pyarith.demo import load_demo as load_demo
     from pyarith.discovery import discover as discover
     from pyarith.discovery import fast_patch as fast_patch
+    from pyarith.engine.baselines import MeanAblation as MeanAblation
+    from pyarith.engine.baselines import ResampleAblation as ResampleAblation
+    from pyarith.engine.baselines import ZeroAblation as ZeroAblation
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
     from pyarith.types import Head as Head
@@ -25,6 +28,9 @@ _PUBLIC = {
     "PatchResult": "pyarith.result",
     "PromptPairs": "pyarith.prompts",
     "Head": "pyarith.types",
+    "ZeroAblation": "pyarith.engine.baselines",
+    "MeanAblation": "pyarith.engine.baselines",
+    "ResampleAblation": "pyarith.engine.baselines",
     "load_demo": "pyarith.demo",
     "tasks": None,
 }
