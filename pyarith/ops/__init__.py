@@ -10,6 +10,7 @@ from pyarith.ops.add_norm import add_norm
 from pyarith.ops.answer_logits import answer_logits
 from pyarith.ops.gated_act import gated_act
 from pyarith.ops.head_write_rows import head_write_rows
+from pyarith.ops.shared_prefix_attention import shared_prefix_attention
 from pyarith.ops.vocab_logsumexp import vocab_logsumexp
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "head_write_rows",
     "native_info",
     "report",
+    "shared_prefix_attention",
     "vocab_logsumexp",
     "why_not",
 ]

@@ -8,6 +8,7 @@ from pyarith.errors import InputError
 from pyarith.ops import _native
 from pyarith.ops._contract import FLOATS, WIDE, expect_dims, expect_like, expect_no_grad, expect_shape, expect_tensor
 from pyarith.ops._registry import Backend, define
+from pyarith.ops._triton import why_not as why_not_triton
 
 Tensor = torch.Tensor
 
@@ -46,12 +47,19 @@ def _bmm(dz: Tensor, w_o: Tensor, base: Tensor | None, out: Tensor) -> None:
         torch.baddbmm(base.to(out.dtype).expand(out.shape), left, right, out=out)
 
 
+def _triton(dz: Tensor, w_o: Tensor, base: Tensor | None, out: Tensor) -> None:
+    from pyarith.ops._triton.head_write_rows import launch
+
+    launch(dz, w_o, base, out)
+
+
 _op = define(
     "head_write_rows",
     '(Tensor dz, Tensor w_o, Tensor? base, Tensor(a!) out, *, str backend="auto") -> ()',
     _check,
     {
         "cpu": Backend(_bmm, ("cpu",)),
+        "triton": Backend(_triton, ("cuda",), why_not_triton),
         "cuda": Backend(_bmm, ("cuda",), _native.why_not_cuda),
         "reference": Backend(reference),
     },
@@ -82,7 +90,10 @@ def head_write_rows(
     Raises:
         InputError: a shape, dtype or device differs from the above; the message names the argument.
         BackendError: the backend asked for cannot run; the message says why.
-    Notes: 16-bit inputs are upcast, so that the product is exact to fp32 accumulation.
+    Notes:
+        16-bit inputs are upcast, so that the product is exact to fp32 accumulation. On a GPU the Triton kernel runs
+        where triton is installed (bf16 weights in tensor cores, by three exact bf16 terms of dz), else cuBLAS, which
+        needs an fp32 copy of w_o; fp64 results come from cuBLAS or the reference. Bitwise repeatable.
     """
     expect_tensor("dz", dz)
     expect_tensor("w_o", w_o)

@@ -16,6 +16,7 @@ from pyarith.ops._contract import (
     expect_tensor,
 )
 from pyarith.ops._registry import Backend, define
+from pyarith.ops._triton import why_not as why_not_triton
 from pyarith.ops.answer_logits import softcapped
 
 Tensor = torch.Tensor
@@ -55,6 +56,12 @@ def reference(normed: Tensor, unembed: Tensor, bias: Tensor | None, out: Tensor,
         torch.logaddexp(out, softcapped(logits, softcap).logsumexp(-1), out=out)
 
 
+def _triton(normed: Tensor, unembed: Tensor, bias: Tensor | None, out: Tensor, scale: float, softcap: float) -> None:
+    from pyarith.ops._triton.vocab_logsumexp import launch
+
+    launch(normed, unembed, bias, out, scale, softcap)
+
+
 _op = define(
     "vocab_logsumexp",
     "(Tensor normed, Tensor unembed, Tensor? bias, Tensor(a!) out, float scale, float softcap, *, "
@@ -62,6 +69,7 @@ _op = define(
     _check,
     {
         "cpu": Backend(reference, ("cpu",)),
+        "triton": Backend(_triton, ("cuda",), why_not_triton),
         "cuda": Backend(reference, ("cuda",), _native.why_not_cuda),
         "reference": Backend(reference),
     },
@@ -96,7 +104,8 @@ def vocab_logsumexp(
         BackendError: the backend asked for cannot run; the message says why.
     Notes:
         Products are accumulated and kept in fp32 (fp64 for an fp64 result): 16-bit inputs are exact factors.
-        Bitwise repeatable.
+        On a GPU the Triton kernel runs where triton is installed (tensor cores where normed and unembed are of one
+        16-bit dtype), else vendor products chunk by chunk, which need an fp32 copy of each chunk. Bitwise repeatable.
     """
     expect_tensor("normed", normed)
     expect_tensor("unembed", unembed)

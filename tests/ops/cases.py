@@ -85,6 +85,8 @@ def samples() -> dict[str, list[tuple]]:
     row, write, weight, bias = make(3, 2, 17), make(2, 17), make(17), make(17, seed=1)
     gate, targets = make(5, 17), make(2, 4, 17)
     dz, w_o = make(2, 3, 4), make(17, 12).T.view(3, 4, 17)
+    q, cache, own = make(3, 2, 4, 5), make(2, 2, 7, 5).transpose(1, 2), make(3, 2, 2, 5)
+    lengths = torch.tensor([7, 0])
     return {
         "add_norm": [
             (row.clone(), make(3, 2, 17, seed=2), write, weight, None, torch.empty(3, 2, 17), 1e-5, "rms"),
@@ -101,6 +103,10 @@ def samples() -> dict[str, list[tuple]]:
         "vocab_logsumexp": [
             (make(5, 17), make(101, 17), make(101), torch.empty(5), 0.5, 20.0),
             (make(5, 17), make(101, 17), None, torch.empty(5), 1.0, 0.0),
+        ],
+        "shared_prefix_attention": [
+            (q, cache, make(2, 7, 2, 5), own, make(3, 2, 2, 5, seed=1), lengths, torch.empty(3, 2, 4, 5), 0.5, 20.0, 3),
+            (q, cache, make(2, 7, 2, 5), own, make(3, 2, 2, 5, seed=1), lengths, torch.empty(3, 2, 4, 5), 0.5, 0.0, 0),
         ],
         "head_write_rows": [
             (dz, w_o, make(2, 17), torch.empty(3, 2, 17)),
