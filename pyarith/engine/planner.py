@@ -21,6 +21,7 @@ from pyarith.engine.packing import pair_tokens
 from pyarith.engine.replay import Replay
 from pyarith.errors import InputError, MemoryBudgetError, check
 from pyarith.models.sites import ModelSites
+from pyarith.ops import vocab_scratch_bytes
 
 # Larger blocks stop paying off here: GEMMs are on their plateau and intermediates leave the cache (bench/NOTES.md).
 _MAX_PROMPTS = 128
@@ -147,7 +148,10 @@ class Planner:
         rows = self.replay.n_variants * plan.prompts
         block = max(plan.rows, plan.prompts)
         post = 2 * (self.sites.n_heads + 1) * plan.prompts * self.sites.d_model * self.sites.row_dtype.itemsize
-        replayed = rows * self.replay.bytes_per_row() + block * self.replay.bytes_per_work_row() + post
+        read = max(2 * plan.prompts, block if self.replay.log_probs else 0)
+        vocabulary = vocab_scratch_bytes(read, self.replay.unembed.matrix.t(), self.sites.row_dtype)
+        replayed = rows * self.replay.bytes_per_row() + post
+        replayed += max(block * self.replay.bytes_per_work_row(), vocabulary)
         captured = self._capture_bytes(min(plan.tokens, plan.prompts * int(self.pair.max())))
         return self._prefix_bytes + plan.prompts * self._stored + max(replayed, captured)
 

@@ -11,6 +11,7 @@ from pyarith.ops.answer_logits import answer_logits
 from pyarith.ops.gated_act import gated_act
 from pyarith.ops.head_write_rows import head_write_rows
 from pyarith.ops.shared_prefix_attention import shared_prefix_attention
+from pyarith.ops.vocab_logsumexp import scratch_bytes as vocab_scratch_bytes
 from pyarith.ops.vocab_logsumexp import vocab_logsumexp
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "report",
     "shared_prefix_attention",
     "vocab_logsumexp",
+    "vocab_scratch_bytes",
     "why_not",
 ]
