@@ -1,67 +1,18 @@
-"""What can be known of the build without building the package and without a GPU.
+"""What can be known of the build without building the package and without a GPU."""
 
-CUDA kernels are compiled, not run: no test here shows that they are right on a device.
-"""
-
-import importlib.util
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
-CXX = shutil.which("g++") or shutil.which("c++")
-ARCHS = {
-    "80": "arch=compute_80,code=sm_80",
-    "90a": "arch=compute_90a,code=sm_90a",
-    "100": "arch=compute_100,code=sm_100",
-}
+from toolchain import CSRC, CXX, ROOT, compiled, load_setup
 
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler on PATH")
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("pyarith_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def pyproject():
     tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def compiled(*command, cwd):
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("source", sorted((CSRC / "cuda").glob("*.cu")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_cuda_compiles_without_spills(source, arch, tmp_path):
-    nvcc = load_setup().nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc: CUDA kernels are not compiled here")
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-DNDEBUG",
-        "--expt-relaxed-constexpr",
-        "-Xptxas=-v",
-        f"-I{CSRC}",
-        f"-gencode={ARCHS[arch]}",
-    ]
-    log = compiled(nvcc, *flags, "-c", source, "-o", "kernel.o", cwd=tmp_path)
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert spills, log
-    assert all(pair == ("0", "0") for pair in spills), log
-    assert "C7510" not in log, "ptxas serialised wgmma: " + log
-    assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 128, log
 
 
 @needs_compiler

@@ -14,6 +14,7 @@
 // Blocks run one after the other, so one copy of each array serves them all.
 #undef __shared__
 #define __shared__ static
+#define __launch_bounds__(...)
 
 namespace pyarith::emulator {
 
