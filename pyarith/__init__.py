@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyarith.demo import load_demo as load_demo
     from pyarith.discovery import discover as discover
     from pyarith.discovery import fast_patch as fast_patch
+    from pyarith.engine.ablation import ablated as ablated
     from pyarith.engine.baselines import MeanAblation as MeanAblation
     from pyarith.engine.baselines import ResampleAblation as ResampleAblation
     from pyarith.engine.baselines import ZeroAblation as ZeroAblation
@@ -28,6 +29,7 @@ _PUBLIC = {
     "PatchResult": "pyarith.result",
     "PromptPairs": "pyarith.prompts",
     "Head": "pyarith.types",
+    "ablated": "pyarith.engine.ablation",
     "ZeroAblation": "pyarith.engine.baselines",
     "MeanAblation": "pyarith.engine.baselines",
     "ResampleAblation": "pyarith.engine.baselines",

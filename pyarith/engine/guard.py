@@ -58,6 +58,7 @@ class Hooks:
 
     ``before(module, f)`` calls ``f(input)`` and, if it returns a tensor, uses that as the input;
     ``after(module, f)`` does the same with the output. Modules whose first result is a tuple hand over its first item.
+    ``watch(module, f)`` calls ``f(args, kwargs)`` before every call of the module and changes nothing.
     """
 
     def __init__(self) -> None:
@@ -86,3 +87,9 @@ class Hooks:
             return call(output)
 
         self._handles.append(module.register_forward_hook(hook))
+
+    def watch(self, module: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call(args, kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
