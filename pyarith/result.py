@@ -18,6 +18,8 @@ from pyarith.types import Head
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from pyarith.stats import Confidence
+
 Array = NDArray[Any]
 
 _TENSORS = "tensors.safetensors"
@@ -148,6 +150,42 @@ class PatchResult:
         """Heads with relative effect below ``threshold``, strongest first (the paper's -5 %, sec. 3)."""
         size = self.head_effects.size if self.head_effects is not None else 0
         return [row.head for row in self.top(size) if row.effect < threshold]
+
+    def confidence(
+        self,
+        pairs: Any,
+        *,
+        level: float = 0.95,
+        resamples: int = 10_000,
+        seed: int = 0,
+        metric: str = "relative",
+    ) -> Confidence:
+        """Intervals, standard errors and corrected p-values of all heads and MLPs.
+
+        Intervals come from a two-way bootstrap over operand pairs and templates (one-way over items), p-values from
+        sign flips per operand pair, corrected over all senders together (``pyarith.stats.confidence``).
+
+        Args:
+            pairs: the ``PromptPairs`` of this result, prompts in its order, with the strata pair and template, or item;
+                or the factors themselves: ``{"pair": [...], "template": [...]}`` or ``{"item": [...]}``, one value a
+                prompt.
+            level: nominal coverage of the intervals.
+            resamples, seed: of the bootstrap and the flips.
+            metric: "relative" (prompts with clean logit <= 0 left out, as in ``head_effects``) or "logit" (change of
+                the answer's logit, all prompts).
+        Returns:
+            A ``Confidence``; ``.key_heads(threshold)`` takes the heads whose interval lies below the threshold.
+        Raises:
+            InputError: the factors are missing, of another length, or have fewer than 5 values; unknown metric; no
+                prompt with clean logit > 0.
+        """
+        from pyarith import stats
+
+        check(metric in ("relative", "logit"), f"metric: expected 'relative' or 'logit', got {metric!r}")
+        clean = self.clean_logits.astype(np.float64)
+        divisor = np.where(clean > 0, clean, np.nan) if metric == "relative" else np.ones_like(clean)
+        heads, mlps = (None if one is None else one / divisor for one in (self.head_changes, self.mlp_changes))
+        return stats.confidence(heads, mlps, pairs, metric=metric, level=level, resamples=resamples, seed=seed)
 
     # output
 
