@@ -9,7 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyarith import analysis as analysis
     from pyarith import tasks as tasks
+    from pyarith.ablation_result import Ablation as Ablation
+    from pyarith.ablation_result import AblationSweep as AblationSweep
     from pyarith.demo import load_demo as load_demo
     from pyarith.discovery import discover as discover
     from pyarith.discovery import fast_patch as fast_patch
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from pyarith.engine.baselines import MeanAblation as MeanAblation
     from pyarith.engine.baselines import ResampleAblation as ResampleAblation
     from pyarith.engine.baselines import ZeroAblation as ZeroAblation
+    from pyarith.engine.sweep import ablation_sweep as ablation_sweep
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
     from pyarith.types import Head as Head
@@ -30,11 +34,15 @@ _PUBLIC = {
     "PromptPairs": "pyarith.prompts",
     "Head": "pyarith.types",
     "ablated": "pyarith.engine.ablation",
+    "ablation_sweep": "pyarith.engine.sweep",
+    "Ablation": "pyarith.ablation_result",
+    "AblationSweep": "pyarith.ablation_result",
     "ZeroAblation": "pyarith.engine.baselines",
     "MeanAblation": "pyarith.engine.baselines",
     "ResampleAblation": "pyarith.engine.baselines",
     "load_demo": "pyarith.demo",
     "tasks": None,
+    "analysis": None,
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -22,14 +22,15 @@ LAYERS = [
     ("discovery", "tuning", "analysis", "evaluation"),
     ("engine",),
     ("models", "ops", "tasks"),
-    ("result",),
+    ("result", "ablation_result"),
     ("prompts", "plots", "stats"),
     ("types",),
     ("errors",),
 ]
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 ONLY = {"tasks": {"tasks", "prompts", "types", "errors"}}
-LIGHT = ("result", "prompts", "plots", "stats", "types", "errors")  # numpy only, before a function is called
+# numpy only, before a function is called
+LIGHT = ("result", "ablation_result", "prompts", "plots", "stats", "types", "errors")
 
 
 class Import(NamedTuple):

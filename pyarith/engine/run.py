@@ -15,11 +15,12 @@ from pyarith.engine import oracle
 from pyarith.engine.batch import Batch, name_prompts
 from pyarith.engine.capture import Captured, Prefix, allocate, capture, takes_trees
 from pyarith.engine.clock import mark, seconds
+from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.oracle import Sender
 from pyarith.engine.planner import Plan, Planner
 from pyarith.engine.readout import Readout
 from pyarith.engine.replay import Replay
-from pyarith.errors import MemoryBudgetError, NonFiniteError, SelfCheckError
+from pyarith.errors import NonFiniteError, SelfCheckError
 from pyarith.models.sites import ModelSites
 
 # A stored prefix costs a forward pass of its own and one copy of its keys per group; shorter ones do not pay.
@@ -106,29 +107,14 @@ def _sweep(
                 if options.progress is not None:
                     options.progress(done, len(order))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            plan = _smaller(plan, sites, error)
+            plan = smaller(plan, sites, error)
             replay.release()
             # made anew at the top of the loop, when the error no longer keeps the failed block's tensors alive
             prefix = None
     replay.release()
     return collector.arrays, timings, plan
-
-
-def _smaller(plan: Plan, sites: ModelSites, error: BaseException) -> Plan:
-    smaller = plan.halved()
-    if smaller is None:
-        raise MemoryBudgetError(
-            f"memory_budget: out of memory on {sites.device} with one prompt and one row at a time ({error}); free "
-            "memory there or load the model in a smaller dtype"
-        ) from error
-    return smaller
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
 
 def _block(

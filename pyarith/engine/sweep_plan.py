@@ -1,0 +1,116 @@
+"""From a memory budget to the block sizes of a sweep, with a forecast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from pyarith.ablation_result import Ablation
+from pyarith.engine.planner import Forecast, free_bytes, gemm_rate
+from pyarith.engine.replay import Replay
+from pyarith.errors import MemoryBudgetError
+from pyarith.models.sites import ModelSites
+
+# Tokens that go through a block at once: GEMMs are on their plateau, intermediates still in the cache.
+_MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
+_ENOUGH_BYTES = {"cuda": 16 * 2**30}
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Block sizes: prompts at once, sets carried through the layers at once, tokens per call of a block."""
+
+    prompts: int
+    sets: int
+    tokens: int
+
+    def halved(self) -> SweepPlan | None:
+        """Half of everything, or None when nothing is left to halve."""
+        half = SweepPlan(max(1, self.prompts // 2), max(1, self.sets // 2), max(1, self.tokens // 2))
+        return None if half == self else half
+
+
+class SweepPlanner:
+    """Costs of a sweep over sets and prompts."""
+
+    def __init__(
+        self, sites: ModelSites, replay: Replay, lengths: Tensor, sets: tuple[Ablation, ...], end: bool
+    ) -> None:
+        self.sites, self.replay, self.sets, self.end = sites, replay, sets, end
+        self.lengths = lengths
+        self.longest = int(lengths.max())
+        self.first = np.array([s.first_layer for s in sets])
+        size, width = sites.dtype.itemsize, max((m.width for m in replay.mlps), default=0) or 8 * sites.d_model
+        # attention holds q, k, v twice (rotary embedding), z and its write; the MLP of the intact model gate, up, both
+        self._attention = size * 10 * max(sites.d_model, sites.n_heads * sites.d_head)
+        self._clean = self._attention + size * 3 * width
+        self._scores = sites.n_heads * (4 if sites.attention == "eager" or end else 0) * max(size, 4)
+        block = sum(p.numel() for p in sites.blocks[0].block.parameters())
+        mlp = sum(p.numel() for p in sites.blocks[0].mlp.parameters())
+        self._flop = (2.0 * block, 2.0 * mlp)
+
+    def bytes(self, plan: SweepPlan) -> int:
+        """Peak bytes of a plan beyond the model."""
+        sites = self.sites
+        row = sites.d_model * sites.row_dtype.itemsize
+        tokens = plan.prompts * self.longest
+        pos = 1 if self.end else self.longest
+        carried = (1 + plan.sets) * plan.prompts * (pos + 1) * row
+        variants = min(1 + plan.sets, max(1, plan.tokens // (plan.prompts * pos)))
+        work = variants * plan.prompts * pos
+        used = work * (self.replay.bytes_per_work_row() + self._attention + row + self.longest * self._scores)
+        used += 4 * plan.prompts * pos * row * (1 + sites.n_heads * sites.d_head // sites.d_model)
+        clean = tokens * (self._clean + (self.longest * self._scores if sites.attention == "eager" else 0))
+        # rotary tables and keys of the clean run; n_heads is the most that there can be of kv heads
+        stored = plan.prompts * pos * row
+        if self.end:
+            stored += 2 * tokens * sites.n_layers * sites.n_heads * sites.d_head * sites.dtype.itemsize
+        return stored + max(carried + used, clean)
+
+    def plan(self, budget: int | None) -> SweepPlan:
+        """The largest useful blocks within the budget (None: half of what is free, on a GPU at most 16 GiB).
+
+        Raises:
+            MemoryBudgetError: not even one prompt and set fit; the message says the smallest budget that works.
+        """
+        kind = self.sites.device.type
+        if budget is None:
+            free = free_bytes(self.sites.device) // 2
+            budget = min(free, _ENOUGH_BYTES.get(kind, free))
+        tokens = _MAX_TOKENS.get(kind, _MAX_TOKENS["cpu"])
+        n = len(self.lengths)
+        # prompts enough to fill a block by themselves are enough
+        plan = SweepPlan(min(n, max(1, tokens // self.longest)), len(self.sets), tokens)
+        while self.bytes(plan) > budget:
+            options = [
+                replace(plan, prompts=max(1, plan.prompts // 2)),
+                replace(plan, sets=max(1, plan.sets * 3 // 4)),
+                replace(plan, tokens=max(1, plan.tokens // 2)),
+            ]
+            options = [option for option in options if self.bytes(option) < self.bytes(plan)]
+            if not options:
+                raise MemoryBudgetError(
+                    f"memory_budget: expected at least {self.bytes(plan)} bytes (one set and one prompt of "
+                    f"{self.longest} tokens), got {budget}; raise the budget or shorten the prompts"
+                )
+            plan = min(options, key=self.bytes)
+        return replace(plan, prompts=-(-n // -(-n // plan.prompts)))
+
+    def forecast(self, plan: SweepPlan) -> Forecast:
+        """FLOP of the matrix products, peak bytes, and seconds at the measured GEMM rate."""
+        layers, (block, mlp) = self.sites.n_layers, self._flop
+        n = len(self.lengths)
+        tokens = n if self.end else int(self.lengths.sum())
+        later = float((layers - 1 - self.first).sum())
+        entering = 0.0 if self.sites.parallel else mlp * tokens * float((self.first < layers - 1).sum())
+        # in the last layer the MLP runs for END alone
+        carried = block * later * tokens - mlp * (tokens - n) * float((self.first < layers - 1).sum())
+        identity = block * layers * tokens
+        return Forecast(
+            capture_flop=block * layers * int(self.lengths.sum()),
+            replay_flop=carried + entering + identity,
+            bytes=self.bytes(plan),
+            gemm_flop_per_second=gemm_rate(self.sites.device, self.sites.dtype),
+        )
