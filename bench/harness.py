@@ -192,8 +192,32 @@ def environment() -> dict[str, Any]:
             "isa": torch.backends.cpu.get_cpu_capability(),
             "avx512_bf16": "avx512_bf16" in (_first_field("/proc/cpuinfo", "flags") or ""),
             "load_at_start": os.getloadavg()[0],
+            "gpu": _gpu() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The first device, and the CUDA that torch was built for."""
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "count": torch.cuda.device_count(),
+        "capability": f"{found.major}.{found.minor}",
+        "memory_bytes": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "l2_bytes": found.L2_cache_size,
+        "driver": _first_field("/proc/driver/nvidia/version", "NVRM version") or _nvidia_smi("driver_version"),
+        "torch_cuda": torch.version.cuda,
+    }
+
+
+def _nvidia_smi(field: str) -> str | None:
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _package_versions() -> dict[str, str]:
