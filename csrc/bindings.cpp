@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "pyarith/dlpack.h"
 #include "pyarith/ops.h"
@@ -19,7 +20,7 @@ using namespace pyarith;
 namespace {
 
 constexpr int cpu_device = 1;  // kDLCPU
-constexpr int cuda_device = PYARITH_CUDA_DEVICE_TYPE;
+constexpr std::initializer_list<DType> cpu_reads = {DType::f32, DType::bf16};
 
 PyTypeObject* tensor_type = nullptr;
 int (*view_of)(void*, DLTensor*) = nullptr;
@@ -38,6 +39,7 @@ struct Tensor {
         if (lanes == 1 && code == 2 && bits == 16) return DType::f16;
         if (lanes == 1 && code == 2 && bits == 64) return DType::f64;
         if (lanes == 1 && code == 4 && bits == 16) return DType::bf16;
+        if (lanes == 1 && code == 6 && bits == 8) return DType::boolean;
         throw std::invalid_argument("a dtype that no kernel knows");
     }
     DType dtype_or(DType other) const { return defined ? dtype() : other; }
@@ -62,7 +64,8 @@ bool empty(const DLTensor& view) {
     throw std::invalid_argument(std::string(name) + ": expected " + expected);
 }
 
-enum class Layout { contiguous, strided_rows };
+// How many leading dimensions may have any stride.
+enum class Layout { contiguous, strided_rows, contiguous_heads };
 
 void expect(const char* name, const Tensor& tensor, int device, std::initializer_list<int64_t> shape,
             std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
@@ -75,7 +78,8 @@ void expect(const char* name, const Tensor& tensor, int device, std::initializer
     bool known = false;
     for (DType dtype : dtypes) known = known || tensor.dtype() == dtype;
     if (!known) refuse(name, "a dtype that this kernel reads");
-    if (!empty(view) && !contiguous(view, layout == Layout::contiguous ? 0 : 1)) refuse(name, "a contiguous tensor");
+    const int from = layout == Layout::contiguous ? 0 : layout == Layout::strided_rows ? 1 : view.ndim - 2;
+    if (!empty(view) && !contiguous(view, from)) refuse(name, "a contiguous tensor");
 }
 
 Norm norm_of(const std::string& kind) {
@@ -112,57 +116,121 @@ AddNorm add_norm_of(const Tensor& row, const Tensor& delta, const Tensor& write,
             delta.dtype_or(DType::f32), weight.dtype(), bias.dtype_or(DType::f32), out.dtype()};
 }
 
+GatedAct gated_act_of(const Tensor& gate, const Tensor& up, const Tensor& out, const std::string& act, int device,
+                      std::initializer_list<DType> reads) {
+    if (!gate.defined || gate.view.ndim != 2 || !out.defined) refuse("gate and out", "[rows, d_mlp]");
+    const int64_t rows = gate.size(0), d_mlp = gate.size(1);
+    const DType dtype = gate.dtype();
+    expect("gate", gate, device, {rows, d_mlp}, reads, Layout::strided_rows);
+    expect("up", up, device, {rows, d_mlp}, {dtype}, Layout::strided_rows);
+    expect("out", out, device, {rows, d_mlp}, {dtype}, Layout::strided_rows);
+    return {gate.data(), up.data(), out.data(), rows, d_mlp, gate.view.strides[0],
+            up.defined ? up.view.strides[0] : 0, out.view.strides[0], act_of(act), dtype};
+}
+
+AnswerLogits answer_logits_of(const Tensor& row, const Tensor& write, const Tensor& weight, const Tensor& bias,
+                              const Tensor& target_rows, const Tensor& target_bias, const Tensor& out, float eps,
+                              const std::string& kind, float scale, float softcap, int device,
+                              std::initializer_list<DType> reads) {
+    if (!row.defined || row.view.ndim != 3) refuse("row", "[variant, batch, d_model]");
+    if (!target_rows.defined || target_rows.view.ndim != 3) refuse("target_rows", "[batch, k, d_model]");
+    if (!weight.defined || !out.defined) refuse("weight and out", "tensors, not None");
+    const int64_t variants = row.size(0), batch = row.size(1), d_model = row.size(2), k = target_rows.size(1);
+    expect("row", row, device, {variants, batch, d_model}, {DType::f32});
+    expect("write", write, device, {batch, d_model}, {DType::f32});
+    expect("weight", weight, device, {d_model}, reads);
+    expect("bias", bias, device, {d_model}, reads);
+    expect("target_rows", target_rows, device, {batch, k, d_model}, reads);
+    expect("target_bias", target_bias, device, {batch, k}, {DType::f32});
+    expect("out", out, device, {variants, batch, k}, {DType::f32});
+    return {static_cast<const float*>(row.data()), static_cast<const float*>(write.data()), weight.data(),
+            bias.data(), target_rows.data(), static_cast<const float*>(target_bias.data()),
+            static_cast<float*>(out.data()), variants, batch, k, d_model, eps, scale, softcap, norm_of(kind),
+            weight.dtype(), bias.dtype_or(DType::f32), target_rows.dtype()};
+}
+
 void add_norm_cpu(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
                   const std::string& kind, int threads) {
-    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, cpu_device,
-                                   {DType::f32, DType::bf16});
+    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, cpu_device, cpu_reads);
     py::gil_scoped_release unlocked;
     cpu::add_norm(op, threads);
 }
 
 void gated_act_cpu(Tensor gate, Tensor up, Tensor out, const std::string& act, int threads) {
-    if (!gate.defined || gate.view.ndim != 2 || !out.defined) refuse("gate and out", "[rows, d_mlp]");
-    const int64_t rows = gate.size(0), d_mlp = gate.size(1);
-    const DType dtype = gate.dtype();
-    expect("gate", gate, cpu_device, {rows, d_mlp}, {DType::f32, DType::bf16}, Layout::strided_rows);
-    expect("up", up, cpu_device, {rows, d_mlp}, {dtype}, Layout::strided_rows);
-    expect("out", out, cpu_device, {rows, d_mlp}, {dtype}, Layout::strided_rows);
-    const GatedAct op{gate.data(), up.data(), out.data(), rows, d_mlp, gate.view.strides[0],
-                      up.defined ? up.view.strides[0] : 0, out.view.strides[0], act_of(act), dtype};
+    const GatedAct op = gated_act_of(gate, up, out, act, cpu_device, cpu_reads);
     py::gil_scoped_release unlocked;
     cpu::gated_act(op, threads);
 }
 
 void answer_logits_cpu(Tensor row, Tensor write, Tensor weight, Tensor bias, Tensor target_rows, Tensor target_bias,
                        Tensor out, float eps, const std::string& kind, float scale, float softcap, int threads) {
-    if (!row.defined || row.view.ndim != 3) refuse("row", "[variant, batch, d_model]");
-    if (!target_rows.defined || target_rows.view.ndim != 3) refuse("target_rows", "[batch, k, d_model]");
-    if (!weight.defined || !out.defined) refuse("weight and out", "tensors, not None");
-    const int64_t variants = row.size(0), batch = row.size(1), d_model = row.size(2), k = target_rows.size(1);
-    const auto reads = {DType::f32, DType::bf16};
-    expect("row", row, cpu_device, {variants, batch, d_model}, {DType::f32});
-    expect("write", write, cpu_device, {batch, d_model}, {DType::f32});
-    expect("weight", weight, cpu_device, {d_model}, reads);
-    expect("bias", bias, cpu_device, {d_model}, reads);
-    expect("target_rows", target_rows, cpu_device, {batch, k, d_model}, reads);
-    expect("target_bias", target_bias, cpu_device, {batch, k}, {DType::f32});
-    expect("out", out, cpu_device, {variants, batch, k}, {DType::f32});
-    const AnswerLogits op{static_cast<const float*>(row.data()), static_cast<const float*>(write.data()),
-                          weight.data(), bias.data(), target_rows.data(),
-                          static_cast<const float*>(target_bias.data()), static_cast<float*>(out.data()),
-                          variants, batch, k, d_model, eps, scale, softcap, norm_of(kind),
-                          weight.dtype(), bias.dtype_or(DType::f32), target_rows.dtype()};
+    const AnswerLogits op = answer_logits_of(row, write, weight, bias, target_rows, target_bias, out, eps, kind, scale,
+                                             softcap, cpu_device, cpu_reads);
     py::gil_scoped_release unlocked;
     cpu::answer_logits(op, threads);
 }
 
 #ifdef PYARITH_WITH_CUDA
+constexpr int cuda_device = PYARITH_CUDA_DEVICE_TYPE;
+constexpr std::initializer_list<DType> cuda_reads = {DType::f32, DType::bf16, DType::f16};
+
+AblateHeads ablate_heads_of(const Tensor& z, const Tensor& ablate, const Tensor& baseline, const Tensor& out) {
+    if (!z.defined || z.view.ndim != 5) refuse("z", "[variant, batch, pos, head, d_head]");
+    if (!ablate.defined || !out.defined) refuse("ablate and out", "tensors, not None");
+    const int64_t variants = z.size(0), batch = z.size(1), pos = z.size(2), heads = z.size(3), d_head = z.size(4);
+    const DType dtype = z.dtype();
+    expect("z", z, cuda_device, {variants, batch, pos, heads, d_head}, cuda_reads, Layout::contiguous_heads);
+    expect("out", out, cuda_device, {variants, batch, pos, heads, d_head}, {dtype});
+    expect("ablate", ablate, cuda_device, {variants, heads}, {DType::boolean});
+    int64_t baseline_batch = 0, baseline_pos = 0;
+    if (baseline.defined) {
+        const bool dims = baseline.view.ndim == 4;
+        if (!dims || (baseline.size(0) != 1 && baseline.size(0) != batch)) refuse("baseline", "another shape");
+        if (baseline.size(1) != 1 && baseline.size(1) != pos) refuse("baseline", "another shape");
+        expect("baseline", baseline, cuda_device, {baseline.size(0), baseline.size(1), heads, d_head}, {dtype},
+               Layout::contiguous_heads);
+        if (baseline.size(0) > 1) baseline_batch = baseline.view.strides[0];
+        if (baseline.size(1) > 1) baseline_pos = baseline.view.strides[1];
+    }
+    const int64_t* strides = z.view.strides;
+    return {z.data(), static_cast<const unsigned char*>(ablate.data()), baseline.data(), out.data(), variants, batch,
+            pos, heads, d_head, strides[0], strides[1], strides[2], baseline_batch, baseline_pos,
+            z.view.dtype.bits / 8};
+}
+
+// CUDA functions return the text of an error.
+void raise(const char* error) {
+    if (error) throw std::runtime_error(error);
+}
+
 void add_norm_cuda(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
                    const std::string& kind, uintptr_t stream) {
-    const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, cuda_device,
-                                   {DType::f32, DType::bf16, DType::f16});
-    if (const char* error = cuda::add_norm(op, stream)) throw std::runtime_error(error);
+    raise(cuda::add_norm(add_norm_of(row, delta, write, weight, bias, out, eps, kind, cuda_device, cuda_reads),
+                         stream));
 }
+
+void gated_act_cuda(Tensor gate, Tensor up, Tensor out, const std::string& act, uintptr_t stream) {
+    raise(cuda::gated_act(gated_act_of(gate, up, out, act, cuda_device, cuda_reads), stream));
+}
+
+void answer_logits_cuda(Tensor row, Tensor write, Tensor weight, Tensor bias, Tensor target_rows, Tensor target_bias,
+                        Tensor out, float eps, const std::string& kind, float scale, float softcap,
+                        uintptr_t stream) {
+    raise(cuda::answer_logits(answer_logits_of(row, write, weight, bias, target_rows, target_bias, out, eps, kind,
+                                               scale, softcap, cuda_device, cuda_reads),
+                              stream));
+}
+
+void ablate_heads_cuda(Tensor z, Tensor ablate, Tensor baseline, Tensor out, uintptr_t stream) {
+    raise(cuda::ablate_heads(ablate_heads_of(z, ablate, baseline, out), stream));
+}
+
+#if PYARITH_CUDA_DEVICE_TYPE == 2  // the test build has no CUDA runtime to ask
+std::pair<int, int> cuda_versions() {
+    const cuda::Versions found = cuda::versions();
+    return {found.driver, found.runtime};
+}
+#endif
 #endif
 
 void attach(py::type tensor, const std::string& cpu_limit) {
@@ -231,5 +299,15 @@ PYBIND11_MODULE(_C, m) {
 #ifdef PYARITH_WITH_CUDA
     m.def("add_norm_cuda", &add_norm_cuda, py::arg("row"), py::arg("delta"), py::arg("write"), py::arg("weight"),
           py::arg("bias"), py::arg("out"), py::kw_only(), py::arg("eps"), py::arg("kind"), py::arg("stream"));
+    m.def("gated_act_cuda", &gated_act_cuda, py::arg("gate"), py::arg("up"), py::arg("out"), py::kw_only(),
+          py::arg("act"), py::arg("stream"));
+    m.def("answer_logits_cuda", &answer_logits_cuda, py::arg("row"), py::arg("write"), py::arg("weight"),
+          py::arg("bias"), py::arg("target_rows"), py::arg("target_bias"), py::arg("out"), py::kw_only(),
+          py::arg("eps"), py::arg("kind"), py::arg("scale"), py::arg("softcap"), py::arg("stream"));
+    m.def("ablate_heads_cuda", &ablate_heads_cuda, py::arg("z"), py::arg("ablate"), py::arg("baseline"),
+          py::arg("out"), py::kw_only(), py::arg("stream"));
+#if PYARITH_CUDA_DEVICE_TYPE == 2
+    m.def("cuda_versions", &cuda_versions, "What CUDA the driver supports, and what this build has: 13000 is 13.0.");
+#endif
 #endif
 }

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "cuda/math.h"
 #include "pyarith/ops.h"
@@ -14,6 +15,12 @@
 namespace pyarith::cuda {
 
 constexpr int VECTOR = 8;
+
+inline bool aligned(std::initializer_list<const void*> pointers) {
+    uintptr_t bits = 0;
+    for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+    return bits % 16 == 0;
+}
 
 // The only place with launch syntax, so that the kernels' sources also compile as plain C++ (tests/ops/cuda_on_cpu
 // runs them there, with a `launch` of its own). Returns null, or CUDA's error text.
@@ -25,6 +32,8 @@ const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #endif
+
+__device__ inline int size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 __device__ inline float load_one(const void* data, DType dtype, int64_t i) {
     if (dtype == DType::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
@@ -41,17 +50,31 @@ __device__ inline void store_one(void* data, DType dtype, int64_t i, float x) {
         static_cast<float*>(data)[i] = x;
 }
 
-// Elements i .. i + 7 by 16-byte accesses: data is 16-byte aligned and i a multiple of 8.
-__device__ inline void load_vector(const void* data, DType dtype, int64_t i, float (&x)[VECTOR]) {
+// 8 elements as they lie in memory; only fp32 fills the second part. A load does not wait for its value, an unpacking
+// does: kernels load all that they need before they unpack the first.
+struct Packed {
+    uint4 part[2];
+};
+
+// Elements i .. i + 7: data is 16-byte aligned and i a multiple of 8.
+__device__ inline Packed load_packed(const void* data, DType dtype, int64_t i) {
+    const uint4* p = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + i * size_of(dtype));
+    Packed packed;
+    packed.part[0] = p[0];
+    if (dtype == DType::f32) packed.part[1] = p[1];
+    return packed;
+}
+
+__device__ inline void unpack(const Packed& packed, DType dtype, float (&x)[VECTOR]) {
+    const uint4 low = packed.part[0];
     if (dtype == DType::f32) {
-        const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
-        const float4 low = p[0], high = p[1];
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+        const uint4 high = packed.part[1];
+        x[0] = float_of_bits(low.x), x[1] = float_of_bits(low.y), x[2] = float_of_bits(low.z);
+        x[3] = float_of_bits(low.w), x[4] = float_of_bits(high.x), x[5] = float_of_bits(high.y);
+        x[6] = float_of_bits(high.z), x[7] = float_of_bits(high.w);
         return;
     }
-    const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i);
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    const uint32_t words[4] = {low.x, low.y, low.z, low.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         float2 two;

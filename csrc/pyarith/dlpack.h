@@ -12,7 +12,7 @@ struct DLDevice {
 };
 
 struct DLDataType {
-    uint8_t code;  // 2 = IEEE float, 4 = bfloat16
+    uint8_t code;  // 2 = IEEE float, 4 = bfloat16, 6 = bool
     uint8_t bits;
     uint16_t lanes;
 };

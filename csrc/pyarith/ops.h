@@ -6,7 +6,7 @@
 
 namespace pyarith {
 
-enum class DType : int { f32, bf16, f16, f64 };
+enum class DType : int { f32, bf16, f16, f64, boolean };
 enum class Norm : int { rms, rms1p, layer };
 enum class Act : int { silu, gelu, gelu_tanh, relu };
 
@@ -49,6 +49,17 @@ struct AnswerLogits {
     DType weight_dtype, bias_dtype, target_dtype;
 };
 
+// out[v, b, p, h] = ablate[v, h] ? baseline[b, p, h] : z[v, b, p, h]. Null baseline means 0; out may be z.
+struct AblateHeads {
+    const void* z;                // [variants, batch, pos, heads, d_head], contiguous from heads on
+    const unsigned char* ablate;  // [variants, heads], 0 or 1
+    const void* baseline;         // [batch, pos, heads, d_head], contiguous from heads on
+    void* out;                    // like z, contiguous
+    int64_t variants, batch, pos, heads, d_head;
+    int64_t z_variant, z_batch, z_pos, baseline_batch, baseline_pos;  // strides; 0 = one for all
+    int element_bytes;                                                // 2 or 4
+};
+
 namespace cpu {
 
 enum class Level : int { base, avx2, avx512 };
@@ -66,8 +77,17 @@ void answer_logits(const AnswerLogits& op, int threads);
 
 namespace cuda {
 
-// `stream` is the integer value of a cudaStream_t of the current device. Returns null, or CUDA's error text.
+// `stream` is the integer value of a cudaStream_t of the current device. Each returns null, or CUDA's error text.
 const char* add_norm(const AddNorm& op, uintptr_t stream);
+const char* gated_act(const GatedAct& op, uintptr_t stream);
+const char* answer_logits(const AnswerLogits& op, uintptr_t stream);
+const char* ablate_heads(const AblateHeads& op, uintptr_t stream);
+
+// As CUDA numbers them: 13000 is 13.0. The driver is 0 where there is none.
+struct Versions {
+    int driver, runtime;
+};
+Versions versions();
 
 }  // namespace cuda
 }  // namespace pyarith

@@ -6,6 +6,7 @@ Each op is also ``torch.ops.pyarith.<op>``; the functions here allocate the resu
 from pyarith.ops._contract import ACTS, KINDS
 from pyarith.ops._native import info as native_info
 from pyarith.ops._registry import ReportRow, backend_of, report, why_not
+from pyarith.ops.ablate_heads import ablate_heads
 from pyarith.ops.add_norm import add_norm
 from pyarith.ops.answer_logits import answer_logits
 from pyarith.ops.gated_act import gated_act
@@ -18,6 +19,7 @@ __all__ = [
     "ACTS",
     "KINDS",
     "ReportRow",
+    "ablate_heads",
     "add_norm",
     "answer_logits",
     "backend_of",

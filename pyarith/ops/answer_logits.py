@@ -8,7 +8,7 @@ from pyarith.errors import InputError
 from pyarith.ops import _native
 from pyarith.ops._contract import FLOATS, expect_dims, expect_like, expect_no_grad, expect_shape, expect_tensor
 from pyarith.ops._registry import Backend, define
-from pyarith.ops.add_norm import _CPU_READS, _F32, _upcast, check_norm, normalise
+from pyarith.ops.add_norm import _CPU_READS, _CUDA_READS, _F32, _upcast, check_norm, normalise
 
 Tensor = torch.Tensor
 
@@ -104,12 +104,45 @@ def _cpu(
     )
 
 
+def _cuda(
+    row: Tensor,
+    write: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_rows: Tensor,
+    target_bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    kind: str,
+    scale: float,
+    softcap: float,
+) -> None:
+    _native.launch(
+        "answer_logits_cuda",
+        row.contiguous(),
+        _upcast(write, _F32),
+        _upcast(weight, _CUDA_READS),
+        _upcast(bias, _CUDA_READS),
+        _upcast(target_rows, _CUDA_READS),
+        _upcast(target_bias, _F32),
+        out,
+        eps=eps,
+        kind=kind,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
 _op = define(
     "answer_logits",
     "(Tensor row, Tensor? write, Tensor weight, Tensor? bias, Tensor target_rows, Tensor? target_bias, "
     'Tensor(a!) out, float eps, str kind, float scale, float softcap, *, str backend="auto") -> ()',
     _check,
-    {"cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu), "reference": Backend(reference)},
+    {
+        "cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu),
+        "cuda": Backend(_cuda, ("cuda",), _native.why_not_cuda),
+        "reference": Backend(reference),
+    },
 )
 
 

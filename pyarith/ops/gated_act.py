@@ -52,7 +52,8 @@ def reference(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
     out.copy_(value if up is None else value * up)
 
 
-def _cpu(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
+def _as_rows(gate: Tensor, up: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The operands as the kernels take them; inputs are copied where their strides forbid a view."""
     out_rows = _rows(out)
     if out_rows is None:
         raise InputError(
@@ -64,14 +65,26 @@ def _cpu(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
     up_rows = None if up is None else _rows(up)
     if up is not None and up_rows is None:
         up_rows = up.reshape(-1, up.shape[-1]).contiguous()
-    _native.C.gated_act_cpu(gate_rows, up_rows, out_rows, act=act, threads=_native.threads())
+    return gate_rows, up_rows, out_rows
+
+
+def _cpu(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
+    _native.C.gated_act_cpu(*_as_rows(gate, up, out), act=act, threads=_native.threads())
+
+
+def _cuda(gate: Tensor, up: Tensor | None, out: Tensor, act: str) -> None:
+    _native.launch("gated_act_cuda", *_as_rows(gate, up, out), act=act)
 
 
 _op = define(
     "gated_act",
     '(Tensor gate, Tensor? up, Tensor(a!) out, str act, *, str backend="auto") -> ()',
     _check,
-    {"cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu), "reference": Backend(reference)},
+    {
+        "cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu),
+        "cuda": Backend(_cuda, ("cuda",), _native.why_not_cuda),
+        "reference": Backend(reference),
+    },
 )
 
 

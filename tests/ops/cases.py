@@ -87,7 +87,12 @@ def samples() -> dict[str, list[tuple]]:
     dz, w_o = make(2, 3, 4), make(17, 12).T.view(3, 4, 17)
     q, cache, own = make(3, 2, 4, 5), make(2, 2, 7, 5).transpose(1, 2), make(3, 2, 2, 5)
     lengths = torch.tensor([7, 0])
+    ablate = torch.tensor([[True, False, True], [False, False, True]])
     return {
+        "ablate_heads": [
+            (make(2, 2, 4, 3, 8), ablate, make(2, 1, 3, 8), torch.empty(2, 2, 4, 3, 8)),
+            (make(2, 4, 3, 5).expand(2, 2, 4, 3, 5), ablate, None, torch.empty(2, 2, 4, 3, 5)),
+        ],
         "add_norm": [
             (row.clone(), make(3, 2, 17, seed=2), write, weight, None, torch.empty(3, 2, 17), 1e-5, "rms"),
             (row.clone(), None, None, weight, bias, torch.empty(3, 2, 17, dtype=torch.bfloat16), 1e-5, "layer"),
