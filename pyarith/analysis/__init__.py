@@ -4,9 +4,11 @@ from pyarith.analysis.attention import AttentionMass, attention_mass
 from pyarith.analysis.attribution import LogitAttribution, logit_attribution
 from pyarith.analysis.lens import LogitLens, logit_lens
 from pyarith.analysis.mlp_cosines import MlpCosines, ThreePoints, mlp_cosines, three_points
+from pyarith.analysis.overlap import EffectOverlap, overlap
 
 __all__ = [
     "AttentionMass",
+    "EffectOverlap",
     "LogitAttribution",
     "LogitLens",
     "MlpCosines",
@@ -15,5 +17,6 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "mlp_cosines",
+    "overlap",
     "three_points",
 ]

@@ -20,8 +20,8 @@ from pyarith.models.sites import ModelSites, resolve
 from pyarith.models.weights import NormWeights, head_outputs, read_norm, read_projection
 
 SEMANTICS = (
-    "direct logit attribution: each write projected on the answer's unembedding row, the clean run's norm scales frozen "
-    "(not path patching: later MLPs and norms do not react)"
+    "direct logit attribution: each write projected on the answer's unembedding row, the norm scales of the clean run "
+    "frozen (not path patching: later MLPs and norms do not react)"
 )
 
 
@@ -108,7 +108,7 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Split the answer's clean logit into what the embedding, each head and each MLP wrote at END.
 
-    part = scale * (w * W_U[answer]) . write, with w and scale = 1 / rms of the clean run from the final norm (LayerNorm:
+    part = scale * (w * W_U[answer]) . write, with w of the final norm and scale = 1 / rms of the clean run (LayerNorm:
     1 / standard deviation, and the write is centred: its mean over d_model is taken away). Where a norm follows
     attention (Gemma-2) the head's write goes through that norm's weight with the clean run's scale first, so that the
     heads of a layer still add up to what attention wrote.
@@ -143,7 +143,7 @@ def logit_attribution(
             _check(sites, parts, indices)
             for name, values in parts.items():
                 out[name][..., indices] = values.cpu()
-    arrays = {name: values.numpy() for name, values in out.items()}
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in out.items()}
     return LogitAttribution(**arrays, settings={"model": sites.spec.name, "prompts": n})
 
 
@@ -211,8 +211,8 @@ def _known_norm(sites: ModelSites, module: nn.Module, which: str) -> NormWeights
     norm = read_norm(sites, module)
     if norm is None:
         raise UnsupportedModelError(
-            f"model: family {sites.spec.name!r}: expected {which} to be a plain {sites.spec.norm_class} without hooks or "
-            f"an overridden forward, found {type(module).__name__}; its scale cannot be frozen, so direct logit "
+            f"model: family {sites.spec.name!r}: expected {which} to be a plain {sites.spec.norm_class} without hooks "
+            f"or an overridden forward, found {type(module).__name__}; its scale cannot be frozen, so direct logit "
             "attribution is refused; fast_patch recomputes norms and works"
         )
     return norm

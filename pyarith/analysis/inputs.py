@@ -158,5 +158,5 @@ def read_heads(sites: ModelSites, heads: Any) -> tuple[Head, ...]:
 def read_tokens(tokens: Any) -> int:
     """Check the number of tokens of a forward pass."""
     whole = isinstance(tokens, int | np.integer) and not isinstance(tokens, bool) and tokens > 0
-    check(whole, f"tokens_per_pass: expected a positive whole number, got {tokens!r}")
+    check(bool(whole), f"tokens_per_pass: expected a positive whole number, got {tokens!r}")
     return int(tokens)

@@ -35,7 +35,7 @@ def three_points(curve: Any) -> ThreePoints | None:
     With low and high the curve's smallest and largest value, and the peak the first layer that has the largest:
     ``start`` is the layer after the last one before the peak that lies below low + 10 % of (high - low), ``end`` the
     same with 90 %, ``inflection`` the layer in start..end that lies most above the layer before it (layer 0: above low;
-    the first one where several do). So start <= inflection <= end <= peak, also for curves with bumps before their rise.
+    of several the first). So start <= inflection <= end <= peak, also for curves with bumps before their rise.
 
     Args:
         curve: [n_layers].
@@ -160,7 +160,7 @@ def mlp_cosines(
             mlp_in, write = (states[name].to(sites.row_dtype) for name in ("mlp_in", "mlp_write"))
             for number, vector in enumerate((mlp_in, mlp_in, write)):
                 out[number][:, indices.numpy()] = host(_cosine(vector, rows[:, number]))
-    return MlpCosines(*out, settings={"model": sites.spec.name, "prompts": len(given)})
+    return MlpCosines(out[0], out[1], out[2], settings={"model": sites.spec.name, "prompts": len(given)})
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyarith.analysis.inputs import Prompts
+from pyarith.engine.calls import refuse_compiled
 from pyarith.engine.capture import run_decoder
 from pyarith.engine.guard import Hooks
-from pyarith.errors import NonFiniteError
+from pyarith.errors import NonFiniteError, NotAvailableError
 from pyarith.models.sites import ModelSites
 
 
@@ -36,8 +38,10 @@ def end_states(
         indices: int64 [block]; states: name -> [n_layers, block, width] in the model's dtype, and "hidden",
         [block, d_model], the decoder's output (after the final norm).
     Raises:
+        UnsupportedModelError: the model was compiled.
         NonFiniteError: the decoder's output holds NaN or infinity.
     """
+    refuse_compiled(sites, "analysis")
     for indices in prompts.blocks(tokens):
         store: dict[str, list[Tensor]] = {name: [] for name in (*want, "hidden")}
 
@@ -91,10 +95,8 @@ def frame(rows: Any) -> Any:
     Raises:
         NotAvailableError: pandas is not installed.
     """
-    from pyarith.errors import NotAvailableError
-
     try:
-        import pandas
+        pandas: Any = importlib.import_module("pandas")
     except ImportError as error:
         raise NotAvailableError("to_dataframe: needs pandas; pip install pandas") from error
     return pandas.DataFrame(list(rows))
