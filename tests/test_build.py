@@ -32,7 +32,7 @@ int main() {
             if (!right) { std::printf("%ld %d: %d %d\\n", d, aligned, plan.threads, plan.vectors); return 1; }
         }
     static_assert(row_plan(768, true, 8).threads == 96 && row_plan(768, true, 8).vectors == 1, "");
-    static_assert(row_plan(8192, true, 8).threads == 512 && row_plan(8192, true, 8).vectors == 2, "");
+    static_assert(row_plan(8192, true, 8).threads == 256 && row_plan(8192, true, 8).vectors == 4, "");
 }
 """)
     compiled(CXX, "-std=c++17", f"-I{CSRC}", "check.cpp", "-o", "check", cwd=tmp_path)
