@@ -14,7 +14,7 @@ from pyarith.analysis.inputs import Prompts
 from pyarith.engine.calls import refuse_compiled
 from pyarith.engine.capture import run_decoder
 from pyarith.engine.guard import Hooks
-from pyarith.errors import NonFiniteError, NotAvailableError
+from pyarith.errors import NonFiniteError, NotAvailableError, UnsupportedModelError
 from pyarith.models.sites import ModelSites
 
 
@@ -38,37 +38,34 @@ def end_states(
         indices: int64 [block]; states: name -> [n_layers, block, width] in the model's dtype, and "hidden",
         [block, d_model], the decoder's output (after the final norm).
     Raises:
-        UnsupportedModelError: the model was compiled.
+        UnsupportedModelError: the model was compiled, or a block does not call its family's modules.
         NonFiniteError: the decoder's output holds NaN or infinity.
     """
     refuse_compiled(sites, "analysis")
     for indices in prompts.blocks(tokens):
-        store: dict[str, list[Tensor]] = {name: [] for name in (*want, "hidden")}
-
-        def keep(name: str, store: dict[str, list[Tensor]] = store) -> Callable[[Tensor], None]:
-            def call(x: Tensor) -> None:
-                store[name].append(x[:, -1].clone())
-
-            return call
-
+        store: dict[str, dict[int, Tensor]] = {name: {} for name in (*want, "hidden")}
         length = int(prompts.lengths[indices[0]])
         ids = prompts.ids[indices, :length].to(sites.device)
         positions = torch.arange(length, device=sites.device).expand(len(ids), length)
         with Hooks() as hooks, nullcontext() if beside is None else beside(indices):
-            _place(sites, hooks, want, keep)
+            _place(sites, hooks, want, store)
             run_decoder(sites, ids, positions, None, None)
         hidden = store.pop("hidden")[0]
         if not bool(torch.isfinite(hidden).all()):
             bad = indices[~torch.isfinite(hidden).all(-1).cpu()].tolist()
             raise NonFiniteError(f"model: NaN or infinity in the decoder's output at END of prompts {bad[:8]}")
-        yield indices, {"hidden": hidden, **{name: torch.stack(layers) for name, layers in store.items()}}
+        yield indices, {"hidden": hidden, **{name: _stacked(sites, name, kept) for name, kept in store.items()}}
 
 
-def _place(
-    sites: ModelSites, hooks: Hooks, want: tuple[str, ...], keep: Callable[[str], Callable[[Tensor], None]]
-) -> None:
+def _place(sites: ModelSites, hooks: Hooks, want: tuple[str, ...], store: dict[str, dict[int, Tensor]]) -> None:
+    def keep(name: str, layer: int) -> Callable[[Tensor], None]:
+        def call(x: Tensor) -> None:
+            store[name][layer] = x[:, -1].clone()
+
+        return call
+
     following = [block.block for block in sites.blocks[1:]] + [sites.final_norm]
-    for block, after in zip(sites.blocks, following, strict=True):
+    for layer, (block, after) in enumerate(zip(sites.blocks, following, strict=True)):
         places = {
             "pre": (hooks.before, block.block),
             "mlp_in": (hooks.before, block.mlp_norm),
@@ -80,8 +77,18 @@ def _place(
         }
         for name in want:
             hook, module = places[name]
-            hook(module, keep(name))
-    hooks.after(sites.final_norm, keep("hidden"))
+            hook(module, keep(name, layer))
+    hooks.after(sites.final_norm, keep("hidden", 0))
+
+
+def _stacked(sites: ModelSites, name: str, kept: dict[int, Tensor]) -> Tensor:
+    missing = [layer for layer in range(sites.n_layers) if layer not in kept]
+    if missing:
+        raise UnsupportedModelError(
+            f"model: family {sites.spec.name!r}: layers {missing} did not call the module where {name!r} is read; "
+            "expected blocks that run as their family's do (an overridden forward?)"
+        )
+    return torch.stack([kept[layer] for layer in range(sites.n_layers)])
 
 
 def host(x: Tensor) -> Any:
