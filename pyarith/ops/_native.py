@@ -6,6 +6,7 @@ torch is imported first on purpose: its OpenMP runtime is then the one that the 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -76,18 +77,74 @@ def launch(kernel: str, *tensors: torch.Tensor | None, **scalars: object) -> Non
             ) from error
 
 
+def runs_code_of(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for ``archs``, a CMake list such as "80-real 90a-real 100-virtual", runs on ``capability``.
+
+    Machine code runs within its major version from its minor version on, PTX ("virtual") on anything newer; a suffix
+    "a" ties either to exactly that device, "f" to its major version. What is no number ("native") is believed.
+    """
+    for arch in archs.split():
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual|)", arch)
+        if found is None:
+            return True
+        built, suffix, kind = (int(found[1]), int(found[2])), found[3], found[4]
+        if suffix == "a":
+            runs = capability == built
+        elif suffix == "f" or kind == "-real":
+            runs = capability[0] == built[0] and capability >= built
+        else:
+            runs = capability >= built
+        if runs:
+            return True
+    return False
+
+
+def _why_no_cuda_device() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        text = str(error).strip().splitlines() or ["no reason given"]
+        return f"torch cannot start CUDA: {text[0]} (see `nvidia-smi` and CUDA_VISIBLE_DEVICES)"
+    return "torch sees no CUDA device: see `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+
+
+def _why_driver_too_old() -> str | None:
+    # Only the major version counts: within one, machine code built by a newer toolkit runs on an older driver.
+    driver, runtime = C.cuda_versions()
+    if driver // 1000 >= runtime // 1000:
+        return None
+    needs, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+    return (
+        f"the driver supports CUDA {has}, but pyarith was built with CUDA {needs}: "
+        f"update the driver, or rebuild with an nvcc of CUDA {driver // 1000}"
+    )
+
+
 def why_not_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the CUDA kernels cannot run there: one line that says what is missing and what to do, or None."""
     if C is None:
         return _load_error
-    if not C.build_info()["cuda"]:
-        return "pyarith was built without CUDA (no nvcc, or PYARITH_CUDA=0)"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if dtype not in _CUDA_DTYPES:
-        return f"the CUDA kernels compute in float32 and 16-bit types, not in {dtype}"
+    build = C.build_info()
+    if not build["cuda"]:
+        return "pyarith was built without CUDA: put nvcc on PATH and build again with PYARITH_CUDA=1"
+    reason = _why_no_cuda_device() or _why_driver_too_old()
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability(device)
+    found = f"{capability[0]}.{capability[1]}"
     if capability < (8, 0):
-        return f"native code starts at compute capability 8.0; this device has {capability[0]}.{capability[1]}"
+        return f"the CUDA kernels need compute capability 8.0, this device has {found}: use backend='reference'"
+    if not runs_code_of(build["cuda_archs"], capability):
+        return (
+            f"this build has code for {build['cuda_archs']}, none for this device of compute capability {found}: "
+            f"build again with PYARITH_CUDA_ARCHS={capability[0]}{capability[1]}-real"
+        )
+    if dtype not in _CUDA_DTYPES:
+        return f"the CUDA kernels compute in float32, bfloat16 and float16, not in {dtype}: use backend='reference'"
     return None
 
 

@@ -15,7 +15,9 @@ Tensor = torch.Tensor
 def _heads_contiguous(tensor: Tensor) -> bool:
     """Whether [head, d_head], the last two dimensions, lie in memory without gaps."""
     head, d_head = tensor.shape[-2:]
-    return (d_head == 1 or tensor.stride(-1) == 1) and (head == 1 or tensor.stride(-2) == d_head)
+    return not tensor.numel() or (
+        (d_head == 1 or tensor.stride(-1) == 1) and (head == 1 or tensor.stride(-2) == d_head)
+    )
 
 
 def _check(z: Tensor, ablate: Tensor, baseline: Tensor | None, out: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +14,7 @@ SIZES = (1, 3, 17, 127)
 NATIVE = (torch.float32, torch.bfloat16)
 LEVELS = ("base", "avx2", "avx512")
 Make = Callable[..., torch.Tensor]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def name_of(value: object) -> str:
@@ -27,7 +29,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
     """The same values one element further into a fresh buffer: no vector access of it is aligned."""
-    buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return buffer[1:].view(tensor.shape).copy_(tensor)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import NATIVE, SIZES, eager_add_norm, make, misaligned, name_of, oracle_add_norm
+from cases import NATIVE, SIZES, eager_add_norm, make, misaligned, name_of, needs_cuda, oracle_add_norm
 from tolerances import assert_within_rule
 
 from pyarith import ops
@@ -114,24 +114,29 @@ def test_nan_and_inf_stay_in_their_row():
     assert out[0, 0].isnan().all() and out[0, 1].isnan().any() and out[0, 2].isfinite().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("kind", ops.KINDS)
-@pytest.mark.parametrize("d_model", (*SIZES, 768, 8192, 16384, 20000))
+@pytest.mark.parametrize("d_model", (*SIZES, 264, 768, 4096, 8192, 16384, 20000))
 @pytest.mark.parametrize("dtype", (*NATIVE, torch.float16), ids=name_of)
-def test_cuda_kernel_against_fp64(kind, d_model, dtype):
-    # 768 .. 16384 take the paths that keep a row in registers, odd sizes and 20000 the one that reads it twice
+@pytest.mark.parametrize("place", (torch.Tensor.cuda, lambda t: misaligned(t.cuda())), ids=("aligned", "misaligned"))
+def test_cuda_kernel_against_fp64(kind, d_model, dtype, place):
+    # 264 .. 16384 take the paths that keep a row in registers, odd sizes and 20000 the one that reads it twice
     row, delta, write = make(3, 5, d_model), make(3, 5, d_model, dtype=dtype, seed=2), make(5, d_model, seed=3)
     weight, bias = make(d_model, dtype=dtype, seed=1), make(d_model, dtype=dtype, seed=4) if kind == "layer" else None
+    delta, write = (None if d_model == 3 else delta), (None if d_model == 17 else write)
     oracle_row, oracle_out = oracle_add_norm(row, delta, write, weight, bias, EPS, kind)
     eager = eager_add_norm(row, delta, write, weight, bias, EPS, kind, dtype)
-    for place in (torch.Tensor.cuda, lambda t: misaligned(t).cuda()):
-        results = []
-        for _ in range(3):
-            moved = [None if t is None else place(t) for t in (row, delta, write, weight, bias)]
-            results.append((ops.add_norm(*moved, EPS, kind, backend="cuda").cpu(), moved[0].cpu()))
-        assert_within_rule(results[0][0], eager, oracle_out, "out")
-        assert_within_rule(results[0][1], row + delta + write, oracle_row, "row")
-        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+    eager_row = row.clone()
+    ops.add_norm(eager_row, delta, write, weight, bias, EPS, kind, backend="reference")
+    results = []
+    for _ in range(3):
+        moved = [None if t is None else place(t) for t in (row, delta, write, weight, bias)]
+        out = place(torch.full_like(row, torch.nan, dtype=dtype))
+        assert ops.add_norm(*moved, EPS, kind, out=out, backend="cuda") is out
+        results.append((out.cpu(), moved[0].cpu()))
+    assert_within_rule(results[0][0], eager, oracle_out, "out")
+    assert_within_rule(results[0][1], eager_row, oracle_row, "row")
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
 def arguments(**changed):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import NATIVE, SIZES, make, misaligned, name_of, plain_answer_logits
+from cases import NATIVE, SIZES, make, misaligned, name_of, needs_cuda, plain_answer_logits
 from tolerances import assert_within_rule
 
 from pyarith import ops
@@ -78,6 +78,35 @@ def test_empty(variant, batch, k, d_model, backend):
     row = torch.empty(variant, batch, d_model)
     out = ops.answer_logits(row, None, torch.ones(d_model), None, EPS, "rms", targets, backend=backend)
     assert out.shape == (variant, batch, k)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("d_model", (*SIZES, 264, 768, 4096, 8192, 16384, 20000))
+@pytest.mark.parametrize("dtype", (*NATIVE, torch.float16), ids=name_of)
+@pytest.mark.parametrize("place", (torch.Tensor.cuda, lambda t: misaligned(t.cuda())), ids=("aligned", "misaligned"))
+def test_cuda_kernel_against_fp64(kind, d_model, dtype, place):
+    # 264 .. 16384 take the paths that keep a row in registers, odd sizes and 20000 the one that reads it again
+    k = 1 if d_model == 768 else 3
+    row, weight, targets = make(3, 5, d_model), make(d_model, dtype=dtype, seed=1), make(5, k, d_model, dtype=dtype)
+    write = None if d_model == 3 else make(5, d_model, seed=3)
+    bias = make(d_model, dtype=dtype, seed=4) if kind == "layer" else None
+    target_bias = make(5, k, seed=5) if k == 3 else None
+    scale, softcap = (1.0, 0.0) if d_model == 264 else (0.25, 30.0)
+    plain = (row, write, weight, bias, EPS, kind, targets, target_bias, scale, softcap)
+    oracle, eager = plain_answer_logits(torch.float64, *plain), plain_answer_logits(torch.float32, *plain)
+    moved = [None if t is None else place(t) for t in (row, write, weight, bias, targets, target_bias)]
+    results = []
+    for _ in range(3):
+        out = place(torch.full((3, 5, k), torch.nan))
+        results.append(
+            ops.answer_logits(
+                *moved[:4], EPS, kind, *moved[4:], scale=scale, softcap=softcap, out=out, backend="cuda"
+            ).cpu()
+        )
+    assert torch.equal(moved[0].cpu(), row), "row must not change"
+    assert_within_rule(results[0], eager, oracle)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize(

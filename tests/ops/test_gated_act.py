@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import NATIVE, SIZES, eager_gated_act, make, misaligned, name_of, oracle_gated_act
+from cases import NATIVE, SIZES, eager_gated_act, make, misaligned, name_of, needs_cuda, oracle_gated_act
 from tolerances import assert_within_rule
 
 from pyarith import ops
@@ -111,6 +111,38 @@ def test_steps_down_to_reference(dtype):
     assert ops.backend_of("gated_act", "cpu", dtype) == "reference"
     oracle = oracle_gated_act(gate, gate, "silu")
     assert_within_rule(ops.gated_act(gate, gate, "silu"), eager_gated_act(gate, gate, "silu"), oracle)
+
+
+@needs_cuda
+@pytest.mark.parametrize("act", ops.ACTS)
+@pytest.mark.parametrize("rows, d_mlp", ((7, 1), (7, 3), (7, 127), (8, 127), (7, 640), (33, 11008)))
+@pytest.mark.parametrize("dtype", (*NATIVE, torch.float16), ids=name_of)
+@pytest.mark.parametrize("place", (torch.Tensor.cuda, lambda t: misaligned(t.cuda())), ids=("aligned", "misaligned"))
+def test_cuda_kernel_against_fp64(act, rows, d_mlp, dtype, place):
+    gate, other = make(rows, d_mlp, dtype=dtype) * 3, make(rows, d_mlp, dtype=dtype, seed=1)
+    for up in (other, None):
+        oracle, eager = oracle_gated_act(gate, up, act), eager_gated_act(gate, up, act)
+        first, second = place(gate), None if up is None else place(up)
+        out = place(torch.full_like(gate, torch.nan))
+        assert ops.gated_act(first, second, act, out=out, backend="cuda") is out
+        assert_within_rule(out.cpu(), eager, oracle)
+        assert all(torch.equal(ops.gated_act(first, second, act, backend="cuda"), out) for _ in range(3))
+        if up is not None:
+            assert torch.equal(ops.gated_act(first, second, act, out=second, backend="cuda"), out)
+            second = place(up)
+        assert torch.equal(ops.gated_act(first, second, act, out=first, backend="cuda"), out)
+
+
+@needs_cuda
+@pytest.mark.parametrize("d_mlp", (24, 17))
+def test_cuda_halves_of_a_fused_projection(d_mlp):
+    fused = make(2, 5, 2 * d_mlp)
+    gate, up = fused.chunk(2, -1)
+    expected, eager = oracle_gated_act(gate, up, "silu"), eager_gated_act(gate, up, "silu")
+    first, second = fused.cuda().chunk(2, -1)
+    assert ops.gated_act(first, second, "silu", out=first, backend="cuda") is first
+    assert_within_rule(first.cpu(), eager, expected)
+    assert torch.equal(second.cpu(), up)
 
 
 @pytest.mark.parametrize(
