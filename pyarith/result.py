@@ -166,9 +166,9 @@ class PatchResult:
         sign flips per operand pair, corrected over all senders together (``pyarith.stats.confidence``).
 
         Args:
-            pairs: the ``PromptPairs`` of this result, prompts in its order, with the strata pair and template, or item;
-                or the factors themselves: ``{"pair": [...], "template": [...]}`` or ``{"item": [...]}``, one value a
-                prompt.
+            pairs: the ``PromptPairs`` of this result with the strata pair and template, or item; for a result of
+                several batches the list of theirs, in the same order; or the factors themselves, one value a prompt:
+                ``{"pair": [...], "template": [...]}`` or ``{"item": [...]}``.
             level: nominal coverage of the intervals.
             resamples, seed: of the bootstrap and the flips.
             metric: "relative" (prompts with clean logit <= 0 left out, as in ``head_effects``) or "logit" (change of
@@ -176,12 +176,18 @@ class PatchResult:
         Returns:
             A ``Confidence``; ``.key_heads(threshold)`` takes the heads whose interval lies below the threshold.
         Raises:
-            InputError: the factors are missing, of another length, or have fewer than 5 values; unknown metric; no
-                prompt with clean logit > 0.
+            InputError: the factors are missing, of another length or order, or have fewer than 5 values; unknown
+                metric; no prompt with clean logit > 0.
         """
         from pyarith import stats
 
         check(metric in ("relative", "logit"), f"metric: expected 'relative' or 'logit', got {metric!r}")
+        batches = len(self.settings.get("parts", ()))
+        check(
+            batches < 2 or not hasattr(pairs, "strata"),
+            f"pairs: expected a list of {batches} PromptPairs, one a batch of this result, got one whose "
+            "order may differ; pass the batches that fast_patch was given",
+        )
         clean = self.clean_logits.astype(np.float64)
         divisor = np.where(clean > 0, clean, np.nan) if metric == "relative" else np.ones_like(clean)
         heads, mlps = (None if one is None else one / divisor for one in (self.head_changes, self.mlp_changes))

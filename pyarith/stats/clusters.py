@@ -101,8 +101,8 @@ class Clusters:
 
         Args:
             source: ``Clusters``; an object with ``strata`` such as ``PromptPairs``: its strata pair and template
-                (operand_a and operand_b stand in for pair), else its stratum item; a mapping name -> one value a
-                prompt, with one or two names; or one array [batch].
+                (operand_a and operand_b stand in for pair), else its stratum item; a sequence of such objects, one
+                a batch; a mapping name -> one value a prompt, with one or two names; or one array [batch].
             batch: how many prompts there must be; None = as many as are given.
         Raises:
             InputError: no factors are found, there are more than two, or their length is wrong.
@@ -117,7 +117,10 @@ class Clusters:
 
     @classmethod
     def _read(cls, source: Any) -> Clusters:
-        factors = _from_strata(source.strata) if hasattr(source, "strata") else source
+        if isinstance(source, list | tuple) and source and all(hasattr(one, "strata") for one in source):
+            factors = _joined([_from_strata(one.strata) for one in source])
+        else:
+            factors = _from_strata(source.strata) if hasattr(source, "strata") else source
         if not isinstance(factors, Mapping):
             if not isinstance(factors, np.ndarray | Sequence | range) or isinstance(factors, str):
                 raise InputError(f"clusters: expected factors of the prompts, got {type(source).__name__}; {_HELP}")
@@ -145,6 +148,13 @@ def _from_strata(strata: Mapping[str, Any]) -> dict[str, Any]:
     if SINGLE in factors:
         return {SINGLE: factors[SINGLE]}
     raise InputError(f"pairs: expected strata {' and '.join(CROSSED)}, or {SINGLE}, got {sorted(strata)}; {_HELP}")
+
+
+def _joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """The factors of several batches, one after the other."""
+    names = [tuple(batch) for batch in batches]
+    check(len(set(names)) == 1, f"pairs: expected the same strata in every batch, got {sorted(set(names))}; {_HELP}")
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in names[0]}
 
 
 def effects_array(effects: Any, name: str = "effects", least_ndim: int = 1) -> Array:

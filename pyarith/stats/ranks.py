@@ -261,7 +261,10 @@ def rank_correlation(
         clusters_b: for the prompts of b; None = the same prompts in the same order, resampled together.
         level, resamples, seed: as in ``bootstrap_mean``.
     Returns:
-        A ``RankCorrelation``. It is about the effects as measured on so many prompts; noise lowers the estimate too.
+        A ``RankCorrelation``. Noise in the effects lowers the estimate; the interval corrects for that in part. In a
+        simulation (64 heads, 200 prompts of 40 pairs x 20 templates) the nominal 95 % covered the correlation of the
+        true effects 87 % of the time (percentile: 17 %), and 61 % (0 %) with the noise doubled: where ``split_half``
+        is low, it is too optimistic about its own width.
     Raises:
         InputError: fewer than 5 clusters of a factor, other senders in b, or a wrong shape or number.
     References: Davison & Hinkley 1997, Bootstrap Methods and their Application, sec. 5.2.
