@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyarith.errors import InputError
-from pyarith.stats import Clusters, bootstrap_mean, bootstrap
+from pyarith.stats import Clusters, bootstrap, bootstrap_mean
 from pyarith.stats.bootstrap import sorted_quantile, weight_blocks
 
 Factors = dict[str, np.ndarray]
