@@ -12,8 +12,19 @@ import re
 
 import pytest
 import torch
-from cases import eager_add_norm, make, name_of, oracle_add_norm, samples
+from cases import (
+    eager_add_norm,
+    eager_gated_act,
+    make,
+    name_of,
+    oracle_add_norm,
+    oracle_gated_act,
+    plain_answer_logits,
+    samples,
+)
 from cuda_on_cpu.build import HERE, ORDERS, build_kernels, build_module
+from cuda_on_cpu.guarded import Buffer, run
+from single_thread import one_thread  # noqa: F401
 from tolerances import assert_within_rule
 from toolchain import CUDA_SOURCES
 
@@ -23,7 +34,10 @@ from pyarith.ops import _native
 EPS = 1e-5
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
-CANARY = 64  # bytes of NaN on both sides of each buffer; keeps its alignment
+# (d_model, elements off the alignment). In registers, in 1, 2 or 4 vectors a thread, with and without idle threads:
+ROWS = [(d, 0) for d in (8, 264, 768, 1032, 4104, 8200, 16384)]
+# and element by element.
+ROWS += [(d, 0) for d in (1, 3, 17, 127, 20000)] + [(d, 1) for d in (1, 3, 8, 264, 1032, 4104)]
 
 
 @pytest.fixture(scope="session")
@@ -42,59 +56,9 @@ def wrapped(built, monkeypatch):
     return lambda op: importlib.import_module(f"pyarith.ops.{op}")._cuda
 
 
-class Buffer:
-    """A copy of a tensor between canaries; ``shift`` elements off its alignment, rows ``gap`` elements apart."""
-
-    def __init__(self, tensor: torch.Tensor, shift: int = 0, gap: int = 0):
-        width = tensor.shape[-1] + gap
-        count = tensor.numel() // max(tensor.shape[-1], 1) * width
-        self.bytes = torch.full((2 * CANARY + (count + shift) * tensor.itemsize,), 0xFF, dtype=torch.uint8)
-        inner = self.bytes[CANARY + shift * tensor.itemsize : len(self.bytes) - CANARY].view(tensor.dtype)
-        self.tensor = inner.view(*tensor.shape[:-1], width)[..., : tensor.shape[-1]]
-        self.untouched = torch.ones_like(self.bytes, dtype=torch.bool)
-        mask = self.untouched[CANARY + shift * tensor.itemsize : len(self.bytes) - CANARY]
-        mask.view(*tensor.shape[:-1], width * tensor.itemsize)[..., : tensor.shape[-1] * tensor.itemsize] = False
-        self.tensor.copy_(tensor)
-
-    def assert_surroundings(self, name):
-        assert (self.bytes[self.untouched] == 0xFF).all(), f"{name}: written outside of the tensor"
-
-
-def run(built, kernel, arguments, written, *, shift=0, gaps=None, **scalars):
-    """Call ``kernel`` once per order of threads and blocks on guarded copies; what it wrote, the same every time.
-
-    Args:
-        arguments: tensors by name in the kernel's order.
-        written: name -> "w" (starts as NaN) or "rw"; all others may only be read.
-        gaps: name -> distance between rows beyond their length.
-    """
-    module, emulator = built
-    results = []
-    for order in ORDERS:
-        buffers = {}
-        for name, tensor in arguments.items():
-            if tensor is not None:
-                fill = torch.full_like(tensor, torch.nan) if written.get(name) == "w" else tensor
-                buffers[name] = Buffer(fill, shift, (gaps or {}).get(name, 0))
-        tensors = [buffers[name].tensor if name in buffers else None for name in arguments]
-        allowed = [(buffer.tensor, written.get(name, "r")) for name, buffer in buffers.items()]
-        with emulator.order(*order), emulator.only(*allowed):
-            getattr(module, kernel)(*tensors, **scalars, stream=0)
-        for name, buffer in buffers.items():
-            buffer.assert_surroundings(name)
-        results.append({name: buffers[name].tensor for name in written})
-    for result in results[1:]:
-        for name in written:
-            same = torch.equal(result[name].view(torch.uint8), results[0][name].view(torch.uint8))
-            assert same, f"{name} depends on the order of threads or blocks"
-    return results[0]
-
-
-# 8 .. 16384: a row in registers, in 1, 2 or 4 vectors a thread; 20000 and odd sizes: read twice
 @pytest.mark.parametrize("kind", ops.KINDS)
-@pytest.mark.parametrize("d_model", (1, 3, 8, 17, 127, 264, 768, 4104, 8192, 8200, 16384, 20000))
+@pytest.mark.parametrize("d_model, shift", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
 def test_add_norm(built, kind, d_model, dtype, shift):
     variants, batch = (3, 5) if d_model < 1000 else (2, 2)
     other = DTYPES[(DTYPES.index(dtype) + 1) % 3]  # no two of the three dtypes are the same
@@ -116,33 +80,126 @@ def test_add_norm(built, kind, d_model, dtype, shift):
     assert_within_rule(got["out"], eager_add_norm(*plain, dtype), oracle_out, "out")
 
 
-KERNELS = {path.stem for path in CUDA_SOURCES}
-SAMPLES = [(op, i) for op, calls in samples().items() if op in KERNELS for i in range(len(calls))]
+@pytest.mark.parametrize("act", ops.ACTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "rows, d_mlp, gap",
+    ((1, 1, 0), (3, 17, 0), (5, 24, 0), (8, 33, 0), (3, 24, 8), (3, 24, 1), (2, 4104, 0), (2, 4104, 64)),
+)
+@pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
+def test_gated_act(built, act, dtype, rows, d_mlp, gap, shift):
+    gate, up = make(rows, d_mlp, dtype=dtype) * 3, make(rows, d_mlp, dtype=dtype, seed=1)
+    if d_mlp == 33:
+        up = None
+    oracle, eager = oracle_gated_act(gate, up, act), eager_gated_act(gate, up, act)
+    more = dict(shift=shift, gaps=dict(gate=gap, up=gap), act=act)
+    out = run(built, "gated_act_cuda", dict(gate=gate, up=up, out=gate), dict(out="w"), **more)["out"]
+    assert_within_rule(out, eager, oracle)
+    # In place, and into a part of something wider.
+    for target in ("gate", "up") if up is not None else ("gate",):
+        got = run(built, "gated_act_cuda", dict(gate=gate, up=up, out=target), {target: "rw"}, **more)[target]
+        assert torch.equal(got, out), target
+    more["gaps"]["out"] = 16
+    assert torch.equal(
+        run(built, "gated_act_cuda", dict(gate=gate, up=up, out=gate), dict(out="w"), **more)["out"], out
+    )
 
 
-def test_every_kernel_is_sampled():
-    assert {op for op, _ in SAMPLES} == KERNELS
+@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("d_model, shift", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_answer_logits(built, kind, d_model, dtype, shift):
+    variants, batch, k = (3, 5, 3) if d_model < 1000 else (2, 2, 2)
+    other = DTYPES[(DTYPES.index(dtype) + 1) % 3]
+    row, weight = make(variants, batch, d_model), make(d_model, dtype=dtype, seed=1)
+    write = None if d_model in (3, 264) else make(batch, d_model, seed=3)
+    bias = make(d_model, dtype=dtype, seed=4) if kind == "layer" and d_model != 17 else None
+    targets = make(batch, k, d_model, dtype=other, seed=2)
+    target_bias = None if d_model in (8, 127) else make(batch, k, seed=5)
+    scale, softcap = (0.25, 30.0) if d_model in (17, 768) else (1.0, 0.0)
+    plain = (row, write, weight, bias, EPS, kind, targets, target_bias, scale, softcap)
+    arguments = dict(row=row, write=write, weight=weight, bias=bias, target_rows=targets, target_bias=target_bias)
+    got = run(
+        built,
+        "answer_logits_cuda",
+        arguments | dict(out=torch.empty(variants, batch, k)),
+        dict(out="w"),
+        shift=shift,
+        eps=EPS,
+        kind=kind,
+        scale=scale,
+        softcap=softcap,
+    )["out"]
+    assert_within_rule(got, plain_answer_logits(F32, *plain), plain_answer_logits(torch.float64, *plain))
 
 
-@pytest.mark.parametrize("op, i", SAMPLES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("heads, d_head", ((1, 1), (5, 3), (3, 8), (5, 24), (12, 64), (33, 80)))
+@pytest.mark.parametrize("baseline", ("none", "one", "batch", "pos", "all", "strided"))
+@pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
+def test_ablate_heads(built, dtype, heads, d_head, baseline, shift):
+    variants, batch, pos, width = 3, 2, 5, heads * d_head
+    z = make(variants, batch, pos, width, dtype=dtype)
+    ablate = make(variants, heads, seed=1) > 0
+    ablate[0], ablate[1] = False, True
+    sizes = dict(one=(1, 1), batch=(batch, 1), pos=(1, pos), all=(batch, pos), strided=(batch, pos))
+    base = None if baseline == "none" else make(*sizes[baseline], width, dtype=dtype, seed=2)
+
+    def by_head(tensor):
+        return tensor.unflatten(-1, (heads, d_head))
+
+    def expected(z):
+        chosen = torch.zeros((), dtype=dtype) if base is None else by_head(base)
+        return torch.where(ablate[:, None, None, :, None], chosen, by_head(z)).flatten(-2)
+
+    views = dict(z=by_head) | (dict(baseline=by_head) if base is not None else {})
+    more = dict(shift=shift, gaps=dict(z=16, baseline=16) if baseline == "strided" else {})
+    arguments = dict(z=z, ablate=ablate, baseline=base, out=z)
+    got = run(built, "ablate_heads_cuda", arguments, dict(out="w"), views=views | dict(out=by_head), **more)["out"]
+    assert torch.equal(got, expected(z))
+    # One z for all variants, and in place.
+    shared = views | dict(out=by_head, z=lambda t: by_head(t).expand(variants, -1, -1, -1, -1))
+    got = run(built, "ablate_heads_cuda", arguments | dict(z=z[:1]), dict(out="w"), views=shared, **more)["out"]
+    assert torch.equal(got, expected(z[:1].expand(variants, -1, -1, -1)))
+    if baseline != "strided":
+        got = run(built, "ablate_heads_cuda", arguments | dict(out="z"), dict(z="rw"), views=views, **more)["z"]
+        assert torch.equal(got, expected(z))
+
+
+def calls():
+    """Arguments of the ops' `_cuda`: the samples, and dtypes and strides that the kernels do not read."""
+    fused, turned = make(2, 3, 5, 4 * 8 + 16), make(3, 5, 8, 4).transpose(-1, -2)
+    f64, weight = torch.float64, make(48, dtype=torch.float64)[::2]
+    delta, write = make(3, 24, 2, dtype=f64).transpose(1, 2), make(24, 2, dtype=F16).T
+    targets, target_bias = make(24, 5, 2, dtype=f64).permute(2, 1, 0), make(5, 2, dtype=BF16).T
+    more = {
+        "add_norm": (make(3, 2, 24), delta, write, weight, make(24, dtype=f64), make(3, 2, 24), EPS, "layer"),
+        "answer_logits": (
+            make(2, 3, 24).transpose(0, 1),
+            *(write, weight, make(24, dtype=f64), targets, target_bias, torch.empty(3, 2, 5), EPS, "layer", 0.5, 9.0),
+        ),
+        "gated_act": (make(3, 2, 24).transpose(0, 1), make(2, 24, 3).transpose(1, 2), torch.empty(2, 3, 24), "silu"),
+        "ablate_heads": (
+            fused[..., :32].unflatten(-1, (4, 8)),
+            *(make(4, 2).T > 0, turned, torch.empty(2, 3, 5, 4, 8)),
+        ),
+    }
+    known = {op: [*given, more[op]] for op, given in samples().items() if op in more}
+    assert set(known) == {path.stem for path in CUDA_SOURCES}, "a kernel that no call reaches"
+    return known
+
+
+@pytest.mark.parametrize("op, i", [(op, i) for op, given in calls().items() for i in range(len(given))])
 def test_wrapper_hands_its_arguments_over(wrapped, op, i):
-    reference = importlib.import_module(f"pyarith.ops.{op}").reference
-    args = samples()[op][i]
-    native, plain = ([a.clone() if isinstance(a, torch.Tensor) else a for a in args] for _ in range(2))
+    def copied(args):  # copies of what is written; contiguous ones only, so that strides stay
+        return [a.clone() if isinstance(a, torch.Tensor) and a.is_contiguous() else a for a in args]
+
+    native, plain = copied(calls()[op][i]), copied(calls()[op][i])
     wrapped(op)(*native)
-    reference(*plain)
+    importlib.import_module(f"pyarith.ops.{op}").reference(*plain)
     for got, expected in zip(native, plain, strict=True):
         if isinstance(got, torch.Tensor) and got.is_floating_point():
             assert_within_rule(got, expected, expected.double())
-
-
-def test_add_norm_wrapper_upcasts(wrapped):
-    row, out = make(3, 2, 24), torch.full((3, 2, 24), torch.nan)
-    delta, write = make(3, 24, 2, dtype=torch.float64).transpose(1, 2), make(24, 2, dtype=F16).T
-    weight, bias = make(48, dtype=torch.float64)[::2], make(24, dtype=torch.float64, seed=1)
-    plain = (row.clone(), delta, write, weight, bias, EPS, "layer")
-    wrapped("add_norm")(row, delta, write, weight, bias, out, EPS, "layer")
-    assert_within_rule(out, eager_add_norm(*plain, F32), oracle_add_norm(*plain)[1])
 
 
 FOUND = {

@@ -80,7 +80,7 @@ class Emulator:
     def only(self, *buffers: tuple[torch.Tensor, str]) -> Iterator[None]:
         """Within, kernels may touch nothing but these tensors, each for "r", "w" or "rw", and without a race."""
         for tensor, mode in buffers:
-            for piece in [tensor] if tensor.is_contiguous() else tensor.unbind():
+            for piece in [tensor] if tensor.is_contiguous() else tensor.flatten(0, -2).unbind():
                 self.library.emulator_allow(
                     ctypes.c_void_p(piece.data_ptr()),
                     ctypes.c_int64(piece.numel()),

@@ -1,0 +1,73 @@
+"""Calls of emulated kernels on guarded copies of their tensors, once for each order of threads and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import torch
+from cuda_on_cpu.build import ORDERS, Emulator
+
+CANARY = 64  # bytes of NaN on both sides of each buffer; keeps its alignment
+
+
+class Buffer:
+    """A copy of a tensor between canaries, ``shift`` elements off its alignment, its rows ``gap`` elements apart."""
+
+    def __init__(self, tensor: torch.Tensor, shift: int = 0, gap: int = 0):
+        length, size = tensor.shape[-1], tensor.itemsize
+        rows, width = tensor.numel() // length, length + gap
+        begin = CANARY + shift * size
+        self.bytes = torch.full((begin + rows * width * size + CANARY,), 0xFF, dtype=torch.uint8)
+        inner = self.bytes[begin:-CANARY].view(tensor.dtype)
+        self.tensor = inner.view(*tensor.shape[:-1], width)[..., :length]
+        self.tensor.copy_(tensor)
+        self._outside = torch.ones_like(self.bytes, dtype=torch.bool)
+        self._outside[begin:-CANARY].view(rows, width * size)[:, : length * size] = False
+
+    def assert_surroundings(self, name: str) -> None:
+        assert (self.bytes[self._outside] == 0xFF).all(), f"{name}: written outside of the tensor"
+
+
+def run(
+    built: tuple[ModuleType, Emulator],
+    kernel: str,
+    arguments: Mapping[str, torch.Tensor | str | None],
+    written: Mapping[str, str],
+    *,
+    shift: int = 0,
+    gaps: Mapping[str, int] | None = None,
+    views: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    **scalars: object,
+) -> dict[str, torch.Tensor]:
+    """What ``kernel`` writes, shown to be the same for every order of threads and blocks.
+
+    Args:
+        arguments: tensors by name, in the kernel's order; the name of another argument stands for the same memory.
+        written: name -> "w" (starts as NaN) or "rw"; all others may only be read.
+        shift: elements by which every buffer is off its alignment.
+        gaps: name -> distance between rows beyond their length.
+        views: name -> how the kernel sees the tensor.
+    """
+    module, emulator = built
+    results = []
+    for order in ORDERS:
+        buffers: dict[str, Buffer] = {}
+        for name, tensor in arguments.items():
+            if isinstance(tensor, torch.Tensor):
+                start = torch.full_like(tensor, torch.nan) if written.get(name) == "w" else tensor
+                buffers[name] = Buffer(start, shift, (gaps or {}).get(name, 0))
+        tensors = {name: buffer.tensor for name, buffer in buffers.items()}
+        allowed = [(tensor, written.get(name, "r")) for name, tensor in tensors.items()]
+        seen = tensors | {name: view(tensors[name]) for name, view in (views or {}).items()}
+        passed = [seen.get(other if isinstance(other, str) else name) for name, other in arguments.items()]
+        with emulator.order(*order), emulator.only(*allowed):
+            getattr(module, kernel)(*passed, **scalars, stream=0)
+        for name, buffer in buffers.items():
+            buffer.assert_surroundings(name)
+        results.append({name: tensors[name] for name in written})
+    for result in results[1:]:
+        for name, first in results[0].items():
+            same = torch.equal(result[name].contiguous().view(torch.uint8), first.contiguous().view(torch.uint8))
+            assert same, f"{name} depends on the order of threads or blocks"
+    return results[0]
