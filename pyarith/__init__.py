@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyarith.engine.baselines import MeanAblation as MeanAblation
     from pyarith.engine.baselines import ResampleAblation as ResampleAblation
     from pyarith.engine.baselines import ZeroAblation as ZeroAblation
+    from pyarith.engine.boost import boost as boost
     from pyarith.engine.sweep import ablation_sweep as ablation_sweep
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
@@ -40,6 +41,7 @@ _PUBLIC = {
     "ZeroAblation": "pyarith.engine.baselines",
     "MeanAblation": "pyarith.engine.baselines",
     "ResampleAblation": "pyarith.engine.baselines",
+    "boost": "pyarith.engine.boost",
     "load_demo": "pyarith.demo",
     "tasks": None,
     "analysis": None,
