@@ -142,7 +142,7 @@ def test_bca_against_scipy() -> None:
     values = np.random.default_rng(7).exponential(size=40)
     found = bootstrap_mean(values, {"item": np.arange(40)}, resamples=40_000, interval="bca")
     plain = bootstrap_mean(values, {"item": np.arange(40)}, resamples=40_000)
-    options = {"n_resamples": 40_000, "rng": np.random.default_rng(1), "batch": 4000}
+    options = {"n_resamples": 40_000, "random_state": np.random.default_rng(1), "batch": 4000}
     oracle = stats.bootstrap((values,), np.mean, method="BCa", **options)
     percentile = stats.bootstrap((values,), np.mean, method="percentile", **options)
     width = plain.high - plain.low

@@ -264,9 +264,9 @@ def rank_correlation(
         level, resamples, seed: as in ``bootstrap_mean``.
     Returns:
         A ``RankCorrelation``. Noise in the effects lowers the estimate: compare it with ``ceiling``. In a simulation
-        (64 heads, 200 prompts of 40 pairs x 20 templates, true correlation 0.8) the nominal 95 % held the correlation of
-        the true effects 93 % of the time with little noise, 91 % with noise as large as the effects (percentile: 17 %),
-        and 61 % with twice as much. Of two equal true rankings it hardly ever holds the 1.
+        (64 heads, 200 prompts of 40 pairs x 20 templates, true correlation 0.8) the nominal 95 % held the correlation
+        of the true effects 93 % of the time with little noise, 91 % with noise as large as the effects (percentile:
+        17 %), and 61 % with twice as much. Of two equal true rankings it hardly ever holds the 1.
     Raises:
         InputError: fewer than 5 clusters of a factor, other senders in b, or a wrong shape or number.
     References: Davison & Hinkley 1997, Bootstrap Methods and their Application, sec. 5.2.
