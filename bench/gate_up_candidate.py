@@ -46,10 +46,10 @@ def _gate_up(
     d_mlp,
     x_row,
     x_d,
-    gate_col,
-    gate_d,
-    up_col,
-    up_d,
+    w_gate_col,
+    w_gate_d,
+    w_up_col,
+    w_up_d,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,9 +71,9 @@ def _gate_up(
         d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         right_here = col_here & (d[:, None] < d_model)
         left = tl.load(x + row[:, None] * x_row + d[None, :] * x_d, mask=row_here & (d[None, :] < d_model), other=0.0)
-        right = tl.load(w_gate + col[None, :] * gate_col + d[:, None] * gate_d, mask=right_here, other=0.0)
+        right = tl.load(w_gate + col[None, :] * w_gate_col + d[:, None] * w_gate_d, mask=right_here, other=0.0)
         gate = dot(left, right, gate, UPCAST)
-        right = tl.load(w_up + col[None, :] * up_col + d[:, None] * up_d, mask=right_here, other=0.0)
+        right = tl.load(w_up + col[None, :] * w_up_col + d[:, None] * w_up_d, mask=right_here, other=0.0)
         up = dot(left, right, up, UPCAST)
     if b_gate is not None:
         gate += tl.load(b_gate + col, mask=col < d_mlp, other=0.0).to(tl.float32)[None, :]
@@ -109,8 +109,8 @@ def plan(
             d_model=d_model,
             d_mlp=d_mlp,
             **strides("x", x, "row", "d"),
-            **strides("gate", w_gate, "col", "d"),
-            **strides("up", w_up, "col", "d"),
+            **strides("w_gate", w_gate, "col", "d"),
+            **strides("w_up", w_up, "col", "d"),
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             BLOCK_D=64,

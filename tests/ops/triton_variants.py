@@ -36,7 +36,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one variant became on one architecture; `tensor_cores` counts the matrix instructions in its code."""
+    """What one variant became on one architecture.
+
+    `tensor_cores` names the matrix instructions in its machine code, `wanted` those that it should have (one of them),
+    `narrow` the places where an offset is computed in 32 bits.
+    """
 
     version: str
     arch: str
@@ -45,8 +49,9 @@ class Compiled:
     shared_bytes: int
     spill_bytes: int
     spill_instructions: int
-    tensor_cores: int
-    matrix: bool
+    tensor_cores: list[str]
+    wanted: list[str]
+    narrow: list[str]
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -61,8 +66,8 @@ def _writes(batch, head, d_head, dtype, layout="linear", base=True) -> Launch:
     return head_write_rows.plan(empty(batch, head, d_head), w_o, start, empty(head, batch, d_model))
 
 
-def _vocab(rows, d_model, d_vocab, dtype, softcap=0.0, bias=False, other=None) -> tuple[Launch, Launch]:
-    unembed, bias_row = empty(d_vocab, d_model, dtype=other or dtype), empty(d_vocab) if bias else None
+def _vocab(rows, d_model, d_vocab, dtype, softcap=0.0, bias=False) -> tuple[Launch, Launch]:
+    unembed, bias_row = empty(d_vocab, d_model, dtype=dtype), empty(d_vocab) if bias else None
     return vocab_logsumexp.plan(empty(rows, d_model, dtype=dtype), unembed, bias_row, empty(rows), 1.0, softcap)
 
 
@@ -79,10 +84,8 @@ def variants() -> Iterator[tuple[str, Launch, bool]]:
     """(name, launch, does its work in tensor cores) at the sizes of real models."""
     yield "head_write_rows bf16 7B batch 8", _writes(8, 32, 128, BF16), True
     yield "head_write_rows bf16 7B batch 64", _writes(64, 32, 128, BF16), True
-    yield "head_write_rows bf16 7B batch 200", _writes(200, 32, 128, BF16), True
     yield "head_write_rows bf16 conv1d d_head 80", _writes(64, 20, 80, BF16, "conv1d", base=False), True
     yield "head_write_rows fp16 7B batch 64", _writes(64, 32, 128, FP16), False
-    yield "head_write_rows fp32 12x64 batch 64", _writes(64, 12, 64, FP32), False
     yield "head_write_rows fp32 conv1d", _writes(64, 12, 64, FP32, "conv1d"), False
     yield "head_write_rows bf16 odd", _writes(64, 5, 33, BF16), True
     partial, combine = _vocab(4096, 4096, 32000, BF16)
@@ -91,7 +94,6 @@ def variants() -> Iterator[tuple[str, Launch, bool]]:
     yield "vocab_logsumexp bf16 softcap bias 16 rows", _vocab(16, 3584, 256000, BF16, 30.0, True)[0], True
     yield "vocab_logsumexp fp16 odd width", _vocab(512, 2049, 50257, FP16)[0], True
     yield "vocab_logsumexp fp32", _vocab(512, 768, 50257, FP32)[0], False
-    yield "vocab_logsumexp bf16 rows of fp32 unembedding", _vocab(512, 2048, 50257, BF16, other=FP32)[0], False
     yield "shared_prefix_attention bf16 d_head 128", _attention(1024, 32, 32, 128, BF16), True
     yield "shared_prefix_attention bf16 d_head 64 gqa", _attention(512, 32, 8, 64, BF16), True
     yield "shared_prefix_attention bf16 d_head 128 16 rows", _attention(4, 32, 8, 128, BF16), True
@@ -100,7 +102,6 @@ def variants() -> Iterator[tuple[str, Launch, bool]]:
     yield "shared_prefix_attention bf16 d_head 512", _attention(512, 8, 2, 512, BF16), True
     yield "shared_prefix_attention fp32 d_head 256", _attention(512, 8, 2, 256, FP32), False
     yield "shared_prefix_attention fp32 d_head 64", _attention(512, 12, 12, 64, FP32), False
-    yield "shared_prefix_attention fp32 d_head 128", _attention(512, 12, 12, 128, FP32), False
     x, weight = empty(1024, 4096, dtype=BF16), empty(11008, 4096, dtype=BF16)
     out = empty(1024, 11008, dtype=BF16)
     yield "gate_up_candidate bf16 7B", gate_up_candidate.plan(x, weight, weight, None, None, out, "silu"), True
@@ -129,16 +130,40 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
+def wanted(launch: Launch, matrix: bool, arch: int) -> list[str]:
+    """Matrix instructions of which one must appear. Below 64 rows the newer ones do not exist."""
+    if not matrix:
+        return []
+    return [{80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]] if launch.arguments["BLOCK_ROWS"] >= 64 else ["HMMA"]
+
+
+def narrow(launch: Launch, code: str) -> list[str]:
+    """Lines of Triton's intermediate code that use a stride or move a pointer in 32 bits: neither may overflow."""
+    tensors = [name for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)]
+    steps = [n for n in launch.arguments if any(n.startswith(tensor + "_") for tensor in tensors)]
+    stride = re.compile(rf"%({'|'.join(steps)})\b") if steps else None
+    found = []
+    for line in code.splitlines():
+        if "tt.func" in line:
+            continue
+        moved = "tt.addptr" in line and not re.search(r"i64>?( loc.*)?$", line)
+        used = stride and stride.search(line.partition(" = ")[2]) and "i32" in line and "arith.extsi" not in line
+        if moved or used:
+            found.append(line.strip())
+    return found
+
+
 def disassembled(cubin: bytes) -> tuple[str, str]:
     """(resource usage, machine code) by the tools in Triton's wheel."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return tuple(
-            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
+    return usage, code
 
 
 def compiled(index: int, arch: int) -> Compiled:
@@ -154,8 +179,9 @@ def compiled(index: int, arch: int) -> Compiled:
         shared_bytes=kernel.metadata.shared,
         spill_bytes=stack,
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        tensor_cores=len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code)),
-        matrix=matrix,
+        tensor_cores=sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code))),
+        wanted=wanted(launch, matrix, arch),
+        narrow=narrow(launch, kernel.asm["ttir"]),
     )
 
 

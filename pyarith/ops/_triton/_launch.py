@@ -77,7 +77,10 @@ def vectorised(tensor: torch.Tensor) -> bool:
     return 1 in tensor.stride() and all(step == 1 or step % 16 == 0 for step in tensor.stride())
 
 
-def strides(prefix: str, tensor: torch.Tensor | None, *axes: str) -> dict[str, int]:
-    """Kernel arguments ``<prefix>_<axis>``: the strides of ``tensor``, 0 where there is none."""
+def strides(name: str, tensor: torch.Tensor | None, *axes: str) -> dict[str, int]:
+    """Kernel arguments ``<name of the tensor's argument>_<axis>``: its strides, 0 where there is no tensor.
+
+    The tests know strides by these names, and that a kernel widens each of them to 64 bits before it multiplies.
+    """
     steps = (0,) * len(axes) if tensor is None else tensor.stride()
-    return {f"{prefix}_{axis}": step for axis, step in zip(axes, steps, strict=True)}
+    return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=True)}

@@ -32,9 +32,9 @@ def _head_write_rows(
     dz_batch,
     dz_head,
     dz_d,
-    w_head,
-    w_d,
-    w_col,
+    w_o_head,
+    w_o_d,
+    w_o_col,
     base_batch,
     base_col,
     BLOCK_ROWS: tl.constexpr,
@@ -53,12 +53,12 @@ def _head_write_rows(
     row_here = rows[:, None] < batch
     col_here = cols[None, :] < d_model
     dz_rows = dz + head * dz_head + rows[:, None] * dz_batch
-    w_cols = w_o + head * w_head + cols[None, :] * w_col
+    w_cols = w_o + head * w_o_head + cols[None, :] * w_o_col
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
     for start in range(0, d_head, BLOCK_D):
         d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         change = tl.load(dz_rows + d[None, :] * dz_d, mask=row_here & (d[None, :] < d_head), other=0.0).to(tl.float32)
-        weight = tl.load(w_cols + d[:, None] * w_d, mask=col_here & (d[:, None] < d_head), other=0.0)
+        weight = tl.load(w_cols + d[:, None] * w_o_d, mask=col_here & (d[:, None] < d_head), other=0.0)
         if SPLIT:
             high = change.to(tl.bfloat16)
             rest = change - high.to(tl.float32)
@@ -97,7 +97,7 @@ def plan(dz: torch.Tensor, w_o: torch.Tensor, base: torch.Tensor | None, out: to
             d_head=d_head,
             d_model=d_model,
             **strides("dz", dz, "batch", "head", "d"),
-            **strides("w", w_o, "head", "d", "col"),
+            **strides("w_o", w_o, "head", "d", "col"),
             **strides("base", base, "batch", "col"),
             BLOCK_ROWS=rows,
             BLOCK_COLS=cols,
