@@ -41,6 +41,7 @@ _SEMANTICS = {
     "everything downstream recomputed (keys and values of earlier positions stay clean by causality)",
 }
 _OPS = ("add_norm", "gated_act", "answer_logits", "head_write_rows")
+_OWN_OPS = ("ablate_heads", "shared_prefix_attention")
 _VERIFY_PROMPTS = 2
 _VOCAB_ROWS = 256  # rows whose logits over the whole vocabulary exist at a time
 
@@ -52,6 +53,7 @@ class _Options:
     predictions: bool
     memory_budget: int | None
     backend: str
+    backends: dict[str, str]
     verify: int
     progress: Callable[[int, int], None] | None
 
@@ -110,7 +112,8 @@ def ablation_sweep(
         foils: int64 [batch, k] other answers whose logits are wanted too.
         memory_budget: bytes or a text such as "2GiB" beyond the model; None = half of what is free on its device, on a
             GPU at most 16 GiB.
-        backend: "auto" or the name of an op backend; by name it runs or raises.
+        backend: "auto" or the name of an op backend; by name it runs or raises. ``ablate_heads`` and
+            ``shared_prefix_attention`` run in their automatic backend where they have none of that name.
         verify: number of sets re-run literally with hooks, on at most two prompts; 0 = none.
         progress: None = a bar on a terminal, False = none, or a callable ``(done, total)`` in ablated prompts.
 
@@ -156,12 +159,12 @@ def ablation_sweep(
     budget = parse_bytes(memory_budget)
     sites = resolve(model)
     wanted = parse_sets(sets, sites.n_layers, sites.n_heads)
-    backends = _backends(sites, backend, (*_OPS, "shared_prefix_attention") if positions == "end" else _OPS)
+    backends = _backends(sites, backend)
     prompts = _prompts(sites, input_ids, answers, attention_mask, foils)
     baseline.check(sites, len(prompts.ids), prompts.lengths)
     total = len(wanted) * len(prompts.ids)
     with untouched(model), _Bar(progress, total) as bar:
-        options = _Options(baseline, positions == "end", predictions, budget, backend, verify, bar.call)
+        options = _Options(baseline, positions == "end", predictions, budget, backend, backends, verify, bar.call)
         arrays, verification_error, record = _sweep(sites, prompts, wanted, options)
     return AblationSweep(
         wanted,
@@ -199,16 +202,23 @@ def _prompts(sites: ModelSites, input_ids: Any, answers: Any, mask: Any, foils: 
     return _Prompts(ids, lengths, targets)
 
 
-def _backends(sites: ModelSites, backend: str, names: tuple[str, ...]) -> dict[str, str]:
+def _backends(sites: ModelSites, backend: str) -> dict[str, str]:
+    """The backend of each op for this run.
+
+    Raises:
+        InputError, BackendError: an unknown name, or a backend that cannot run here, with the reasons.
+    """
+    check(backend in ("auto", *BACKENDS), f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
+    chosen = {op: ops.backend_of(op, sites.device, sites.dtype) for op in _OWN_OPS}
     if backend == "auto":
-        return {op: ops.backend_of(op, sites.device, sites.row_dtype) for op in names}
-    check(backend in BACKENDS, f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
-    reasons = {op: ops.why_not(op, backend, sites.device, sites.row_dtype) for op in names}
+        return {op: ops.backend_of(op, sites.device, sites.row_dtype) for op in _OPS} | chosen
+    reasons = {op: ops.why_not(op, backend, sites.device, sites.row_dtype) for op in _OPS}
     failed = {op: reason for op, reason in reasons.items() if reason is not None}
     if failed:
         why = "; ".join(f"{op}: {reason}" for op, reason in failed.items())
         raise BackendError(f"backend: {backend!r} cannot run on {sites.device} ({why}); use backend='auto'")
-    return dict.fromkeys(names, backend)
+    own = {op: backend for op in _OWN_OPS if ops.why_not(op, backend, sites.device, sites.dtype) is None}
+    return dict.fromkeys(_OPS, backend) | chosen | own
 
 
 def _sweep(
@@ -223,7 +233,7 @@ def _sweep(
     timings = {"clean": 0.0, "ablated": 0.0}
     order = prompts.lengths.argsort(stable=True)  # prompts of similar length side by side
     done = 0
-    with Carrier(sites, replay, options.backend) as carrier:
+    with Carrier(sites, replay, options.backends) as carrier:
         while done < len(order):
             try:
                 for block in order[done:].split(plan.prompts):
@@ -261,7 +271,7 @@ def _block(
     # the hooks of the carrier are idle while it carries nothing
     clean = prepare(sites, prompts.ids[block, : int(lengths.max())], lengths, block)
     middle = mark(sites.device)
-    prefix = SharedPrefix(sites, clean, options.backend) if options.end else None
+    prefix = SharedPrefix(sites, clean, options.backends["shared_prefix_attention"]) if options.end else None
     values = Values(sites, options.baseline, clean)
     collector.own(clean)
     chunks = make_chunks(sites, sets, plan.sets)

@@ -15,6 +15,7 @@ Norms and MLPs are the fused ops of the replay, or the model's own modules where
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -84,6 +85,7 @@ class _Attention:
         values: what ablated heads get, [batch or 1, pos or 1, head, d_head], None for zero.
         ends: where END stands, if only END shall pass the output projection; else None.
         identity: keep what variant 0 had.
+        backend: of ``ablate_heads``.
     """
 
     variants: int
@@ -92,8 +94,8 @@ class _Attention:
     values: Tensor | None
     ends: Tensor | None
     identity: bool
+    backend: str
     z: Tensor | None = None  # [batch, pos, n_heads * d_head] of variant 0
-    raw: Tensor | None = None  # [batch, pos, d_model] of variant 0, before the norm after attention
     write: Tensor | None = None  # [variant * batch, pos, d_model]
 
 
@@ -103,7 +105,6 @@ class _Identity:
 
     z: Tensor
     pre: Tensor
-    raw: Tensor | None
     write: Tensor
     post: Tensor  # after the block
 
@@ -137,18 +138,14 @@ class Values:
 class Carrier:
     """Carries chunks of sets through the layers; buffers are made once and reused."""
 
-    def __init__(self, sites: ModelSites, replay: Replay, backend: str) -> None:
-        self.sites, self.replay, self.backend = sites, replay, backend
+    def __init__(self, sites: ModelSites, replay: Replay, backends: Mapping[str, str]) -> None:
+        self.sites, self.replay, self.backends = sites, replay, backends
         self._now: _Attention | None = None
         self._hooks = Hooks()
 
     def __enter__(self) -> Carrier:
         def on_z(x: Tensor) -> Tensor | None:
             return None if self._now is None else _change_z(self._now, x, self.sites)
-
-        def on_raw(x: Tensor) -> None:
-            if self._now is not None and self._now.identity:
-                self._now.raw = x[: self._now.batch]
 
         def on_write(x: Tensor) -> None:
             if self._now is not None:
@@ -157,8 +154,6 @@ class Carrier:
 
         for block in self.sites.blocks:
             self._hooks.before(block.o_proj, on_z)
-            if block.attn_post_norm is not None:
-                self._hooks.after(block.o_proj, on_raw)
             self._hooks.after(block.attn_write, on_write)
         return self
 
@@ -235,6 +230,7 @@ class Carrier:
             values.heads(layer, end=False) if ablated.any() else None,
             clean.ends if end else None,
             keep,
+            self.backends["ablate_heads"],
         )
         self._attend(layer, rows, clean.arguments[layer], now)
         assert now.write is not None
@@ -244,7 +240,7 @@ class Carrier:
         if keep:
             assert now.z is not None
             write = now.write[: clean.batch].to(target.dtype)
-            found = _Identity(now.z, target[0].clone(), now.raw, write, target[0])
+            found = _Identity(now.z, target[0].clone(), write, target[0])
         self._mlp(layer, target, now.write.view(target.shape), chunk.mlps[a : a + n, layer], values)
         return found
 
@@ -313,22 +309,15 @@ class Carrier:
         """Rows [set, batch, pos, d_model] of the sets that start at ``layer``: after its attention, then its MLP."""
         heads, mlps = chunk.heads[a : a + len(rows), layer], chunk.mlps[a : a + len(rows), layer]
         value = values.heads(layer, end=rows.shape[2] == 1) if heads.any() else None
-        z = identity.z.unflatten(-1, (self.sites.n_heads, self.sites.d_head)).to(rows.dtype)
-        dz = (-z if value is None else value.to(rows.dtype) - z).flatten(0, 1)
-        post = self.replay.attn_post[layer]
-        if post is not None:
-            assert identity.raw is not None
-            base = identity.raw.to(rows.dtype)
-        else:
-            base = identity.post if self.sites.parallel else identity.pre + identity.write
+        z = identity.z.unflatten(-1, (self.sites.n_heads, self.sites.d_head))
+        dz = (-z.to(rows.dtype) if value is None else value.to(rows.dtype) - z).flatten(0, 1)
+        base = identity.post if self.sites.parallel else identity.pre + identity.write
         for i, j in split(len(rows), self._variants(clean, rows.shape[2], tokens)):
             part = rows[i:j]
-            flat = part.flatten(1, 2)
-            self._head_writes(layer, base.flatten(0, 1), dz, heads[i:j], flat)
-            if post is not None:
-                write = self.replay._buffer("x", tuple(flat.shape), self.sites.dtype)
-                post(flat, None, None, write)
-                torch.add(write.view(part.shape), identity.pre, out=part)
+            if self.sites.blocks[layer].attn_post_norm is None:
+                self._head_writes(layer, base.flatten(0, 1), dz, heads[i:j], part.flatten(1, 2))
+            else:
+                torch.add(self._normed_writes(layer, z, value, heads[i:j]), identity.pre, out=part)
             if not self.sites.parallel:
                 self._mlp(layer, part, None, mlps[i:j], values)
             elif mlps[i:j].any():
@@ -346,21 +335,29 @@ class Carrier:
             if not np.array_equal(which, np.arange(len(w_o))):
                 index = torch.from_numpy(which).to(dz.device)
                 dz, w_o = dz.index_select(1, index), w_o.index_select(0, index)
-            ops.head_write_rows(base, dz, w_o, out=out, backend=self.backend)
+            ops.head_write_rows(base, dz, w_o, out=out, backend=self.backends["head_write_rows"])
             return
         chosen = torch.from_numpy(heads).to(dz.device)[:, None, :, None]
         masked = torch.where(chosen, dz, 0.0).flatten(0, 1).flatten(-2)
         torch.mm(masked, w_o.flatten(0, 1).to(out.dtype), out=out.flatten(0, 1))
         out.add_(base)
 
+    def _normed_writes(self, layer: int, z: Tensor, value: Tensor | None, heads: NDArray[np.bool_]) -> Tensor:
+        """What attention adds where a norm follows its projection: not linear in z, so that all of it is recomputed.
+
+        z [batch, pos, head, d_head] of the clean run; returns [set, batch, pos, d_model] in the model's dtype. (Added
+        to the clean sum instead, heads that are most of it would leave its rounding error, scaled up by the norm.)
+        """
+        block, chosen = self.sites.blocks[layer], torch.from_numpy(heads).to(z.device)
+        changed = ops.ablate_heads(z.expand(len(heads), *z.shape), chosen, value, backend=self.backends["ablate_heads"])
+        return block.attn_write(block.o_proj(changed.flatten(-2)))
+
 
 def _change_z(now: _Attention, x: Tensor, sites: ModelSites) -> Tensor | None:
     """z [variant * batch, pos, n_heads * d_head] on its way to the output projection."""
     if now.ablated is not None:
         z = x.view(now.variants, now.batch, x.shape[1], sites.n_heads, sites.d_head)
-        ablated = torch.from_numpy(now.ablated).to(x.device)[:, None, None, :, None]
-        value = x.new_zeros(()) if now.values is None else now.values.to(x.dtype)
-        x = torch.where(ablated, value, z).view(x.shape)
+        ops.ablate_heads(z, torch.from_numpy(now.ablated).to(x.device), now.values, out=z, backend=now.backend)
     if now.ends is not None and x.shape[1] > 1:
         z = x.unflatten(0, (now.variants, now.batch))
         x = z[:, torch.arange(now.batch, device=x.device), now.ends].flatten(0, 1)[:, None]

@@ -1,0 +1,592 @@
+"""``ablation_sweep`` against one hooked forward pass per set and prompt, for every family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from typing import Any
+
+import literal_oracle
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from single_thread import one_thread  # noqa: F401
+from snapshot import unchanged
+from tiny_models import NAMES, make, pad, prompts
+from true_fp64 import true_fp64
+
+import pyarith as pa
+from pyarith import ops
+from pyarith.engine import sweep, sweep_end, sweep_layers
+from pyarith.engine.sweep_layers import Carrier
+from pyarith.engine.sweep_plan import SweepPlan, SweepPlanner
+from pyarith.errors import InputError, InputTypeError, MemoryBudgetError, NonFiniteError, SelfCheckError
+from pyarith.models.families import FAMILIES
+from pyarith.prompts import PromptPairs
+
+QUIET: dict[str, Any] = {"progress": False, "verify": 0}
+EXACT = {"rtol": 1e-12, "atol": 2e-12}
+LENGTHS = (7, 5, 7, 9, 5, 9)
+POSITIONS = ("all", "end")
+SDPA = [name for name in NAMES if name != "gemma2"]  # transformers has no sdpa for Gemma-2's softcap
+# heads of one and of several layers, an MLP alone, before, beside and behind heads, a whole layer, the last layer
+SETS: list[Any] = [
+    [(0, 1), (2, 3)],
+    [(0, 0), (0, 2), (1, 3), (2, 0)],
+    ("mlp", 0),
+    [("mlp", 1), ("mlp", 2)],
+    [(1, 1), ("mlp", 1)],
+    [(0, 3), ("mlp", 1)],
+    [("mlp", 0), (1, 2), (2, 1)],
+    [(1, 0), (1, 1), (1, 2), (1, 3)],
+    [(2, 2), ("mlp", 2)],
+    (2, 0),
+    [(2, 0), (2, 3)],
+]
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(p.clean) for p in prompts(lengths, seed=seed))
+
+
+def given(ids: tuple[tuple[int, ...], ...], side: str = "left") -> dict[str, Any]:
+    tokens, mask = pad([list(row) for row in ids], side)
+    return {"input_ids": tokens, "attention_mask": mask, "answers": answers(len(ids))}
+
+
+def answers(n: int) -> torch.Tensor:
+    return torch.arange(n) * 7 % tiny_models.VOCAB
+
+
+# the literal run
+
+
+def ablated_logits(
+    model: torch.nn.Module, ids: tuple[int, ...], row: int, targets: list[Any], baseline: Any, where: str
+) -> torch.Tensor:
+    """Next-token logits [vocab] of one prompt with the targets replaced by hooks, one forward pass of the model."""
+    sites = literal_oracle.Sites.of(model)
+    heads = None if isinstance(baseline, pa.ZeroAblation) else baseline.heads
+    mlps = None if isinstance(baseline, pa.ZeroAblation) else baseline.mlps
+    place = [len(ids) - 1] if where == "end" else list(range(len(ids)))
+
+    def picked(values: torch.Tensor | None, layer: int, width: int) -> torch.Tensor:
+        """[pos, width] of this prompt and layer."""
+        if values is None:
+            return torch.zeros(len(place), width, dtype=torch.float64)
+        if isinstance(baseline, pa.ResampleAblation):
+            return values[layer, row, place].flatten(1)
+        return values[layer, place if baseline.over == "batch" else [0] * len(place)].flatten(1)
+
+    def on_z(layer: int, chosen: list[int]) -> Callable[..., Any]:
+        def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+            z = args[0].clone()
+            d_head = z.shape[-1] // sites.n_heads
+            new = picked(heads, layer, z.shape[-1]).to(z.dtype)
+            for head in chosen:
+                at = slice(head * d_head, (head + 1) * d_head)
+                z[0, place, at] = new[:, at]
+            return (z, *args[1:])
+
+        return hook
+
+    def on_write(layer: int) -> Callable[..., Any]:
+        def hook(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()
+            output[0, place] = picked(mlps, layer, output.shape[-1]).to(output.dtype)
+            return output
+
+        return hook
+
+    blocks = model.get_submodule(literal_oracle.PATHS[model.config.model_type][0])
+    with ExitStack() as stack, torch.no_grad():
+        for layer in {layer for layer, _ in targets if layer != "mlp"}:
+            chosen = [head for found, head in targets if found == layer]
+            stack.callback(sites.outs[layer].register_forward_pre_hook(on_z(layer, chosen)).remove)
+        for layer in [layer for kind, layer in targets if kind == "mlp"]:
+            write = getattr(blocks[layer], "post_feedforward_layernorm", sites.mlps[layer])
+            stack.callback(write.register_forward_hook(on_write(layer)).remove)
+        positions = torch.arange(len(ids))[None]
+        return model(input_ids=torch.tensor([ids]), position_ids=positions, use_cache=False).logits[0, -1]
+
+
+def as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, tuple) else value
+
+
+def single_heads(model: torch.nn.Module) -> list[Any]:
+    return [(layer, head) for layer in range(model.config.num_hidden_layers) for head in range(4)]
+
+
+def reference(
+    model: torch.nn.Module, ids: tuple[tuple[int, ...], ...], sets: list[Any], baseline: Any, where: str
+) -> torch.Tensor:
+    """Full logits [1 + set, batch, vocab]; the first is the intact model."""
+    return torch.stack(
+        [
+            torch.stack([ablated_logits(model, p, i, as_list(s), baseline, where) for i, p in enumerate(ids)])
+            for s in [[], *sets]
+        ]
+    )
+
+
+def make_baseline(kind: str, model: torch.nn.Module, ids: tuple[tuple[int, ...], ...]) -> Any:
+    tokens, mask = pad([list(row) for row in ids], "right")
+    if kind == "zero":
+        return pa.ZeroAblation()
+    if kind == "mean":
+        return pa.MeanAblation.from_inputs(model, tokens, mask)
+    if kind == "mean-per-position":
+        others = torch.tensor([list(row) for row in rows((9, 9, 9, 9), seed=8)])
+        return pa.MeanAblation.from_inputs(model, others, over="batch")
+    return pa.ResampleAblation.from_inputs(model, tokens, mask)
+
+
+BASELINES = ("zero", "mean", "mean-per-position", "resample")
+
+
+@cache
+def truth(name: str, kind: str, where: str, attn: str = "eager") -> tuple[Any, torch.Tensor]:
+    """(baseline, logits [1 + set, batch, vocab]) of every head alone and then SETS."""
+    model = make(name, attn=attn)
+    with true_fp64():
+        baseline = make_baseline(kind, model, rows())
+        return baseline, reference(model, rows(), [*single_heads(model), *SETS], baseline, where)
+
+
+def agree(result: Any, full: torch.Tensor, **tolerance: float) -> None:
+    """Every logit is that of the literal run, which must not be trivial."""
+    n = full.shape[1]
+    found = full[:, torch.arange(n), answers(n)].double().numpy()
+    assert np.abs(found[1:] - found[0]).max(1).min() > 1e-3, "a set without any effect tests nothing"
+    np.testing.assert_allclose(result.logits, found[1:], **(tolerance or EXACT))
+    np.testing.assert_allclose(result.clean_logits, found[0], **(tolerance or EXACT))
+    np.testing.assert_allclose(result.identity_logits, found[0], **(tolerance or EXACT))
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("name", NAMES)
+def test_exact(name: str, kind: str, where: str) -> None:
+    """All families, baselines and positions, both paddings: every head alone, and sets of several sites."""
+    model = make(name)
+    baseline, full = truth(name, kind, where)
+    n = len(single_heads(model))
+    for side in ("left", "right"):
+        with true_fp64():
+            alone = pa.ablation_sweep(
+                model, **given(rows(), side), baseline=baseline, positions=where, predictions=True, **QUIET
+            )
+            together = pa.ablation_sweep(
+                model, **given(rows(), side), sets=SETS, baseline=baseline, positions=where, **QUIET
+            )
+        agree(alone, full[: n + 1])
+        agree(together, full[[0, *range(n + 1, len(full))]])
+        assert alone.logits.dtype == np.float64 and alone.noise_floor < 1e-12
+        np.testing.assert_array_equal(alone.predictions, full[1 : n + 1].argmax(-1).numpy())
+        np.testing.assert_array_equal(alone.clean_predictions, full[0].argmax(-1).numpy())
+        assert together.predictions is None
+    assert [s.heads[0] for s in alone.sets] == single_heads(model)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("name", SDPA)
+def test_sdpa(name: str, where: str) -> None:
+    baseline, full = truth(name, "mean", where, "sdpa")
+    with true_fp64():
+        result = pa.ablation_sweep(
+            make(name, attn="sdpa"),
+            **given(rows()),
+            sets=[*single_heads(make(name)), *SETS],
+            baseline=baseline,
+            positions=where,
+            **QUIET,
+        )
+    agree(result, full)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "phi3", "qwen3"])
+def test_sliding_windows(name: str, window: int, where: str) -> None:
+    mixed = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True}
+    model = make(name, sliding_window=window, **(mixed if name == "qwen3" else {}))
+    ids = rows((12, 8))
+    with true_fp64():
+        expected = reference(model, ids, SETS, pa.ZeroAblation(), where)
+        agree(pa.ablation_sweep(model, **given(ids), sets=SETS, positions=where, **QUIET), expected)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 6), (2, 1, 9)])
+def test_short_prompts(lengths: tuple[int, ...], where: str) -> None:
+    """One-token prompts, a batch of one: nothing before END, nothing to broadcast over."""
+    for name in ("llama-gqa2", "gemma2", "gpt2", "neox"):
+        model, ids = make(name), rows(lengths) if min(lengths) > 1 else short(lengths)
+        with true_fp64():
+            expected = reference(model, ids, SETS, pa.ZeroAblation(), where)
+            result = pa.ablation_sweep(model, **given(ids), sets=SETS, positions=where, **QUIET)
+        np.testing.assert_allclose(
+            result.logits, expected[1:, torch.arange(len(ids)), answers(len(ids))].numpy(), **EXACT
+        )
+
+
+def short(lengths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple((5 + 11 * i + 3 * p) % tiny_models.VOCAB for p in range(n)) for i, n in enumerate(lengths))
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_foils(name: str, where: str) -> None:
+    foils = torch.tensor([[1, 96, 4]] * len(rows()))
+    _, full = truth(name, "zero", where)
+    with true_fp64():
+        result = pa.ablation_sweep(make(name), **given(rows()), foils=foils, positions=where, **QUIET)
+    n = len(result.sets)
+    np.testing.assert_allclose(result.foil_logits, full[1 : n + 1][..., foils[0]].numpy(), **EXACT)
+    np.testing.assert_allclose(result.clean_foil_logits, full[0][:, foils[0]].numpy(), **EXACT)
+    np.testing.assert_allclose(result.identity_foil_logits, full[0][:, foils[0]].numpy(), **EXACT)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_fp32(name: str, where: str) -> None:
+    _, full = truth(name, "zero", where)
+    model = make(name, torch.float32)
+    result = pa.ablation_sweep(
+        model, **given(rows()), sets=[*single_heads(model), *SETS], positions=where, progress=False
+    )
+    assert result.logits.dtype == np.float32
+    agree(result, full, rtol=2e-5, atol=1e-4)
+    assert result.verification_error < 1e-4 and result.noise_floor < 1e-4
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("name", ["llama-gqa2", "gemma2", "gpt2", "neox"])
+def test_bf16(name: str, where: str) -> None:
+    """Changes against a literal bf16 run: not worse than what bf16 itself does to them."""
+    model = make(name, torch.bfloat16)
+    sets = [*single_heads(model), *SETS]
+    with true_fp64():
+        exact = reference(make(name, torch.bfloat16).double(), rows(), sets, pa.ZeroAblation(), where)
+    literal = reference(model, rows(), sets, pa.ZeroAblation(), where).double()
+    result = pa.ablation_sweep(model, **given(rows()), sets=sets, positions=where, progress=False)
+    n = len(rows())
+    change = [(f[1:] - f[0])[:, torch.arange(n), answers(n)].numpy() for f in (exact, literal)]
+
+    def rms(x: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((x - change[0]) ** 2)))
+
+    assert rms(result.changes) <= 1.5 * rms(change[1]) + 1e-3
+    assert np.abs(result.changes).max() > 5 * rms(result.changes)
+
+
+# blocks
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("plan", [(1, 1, 1), (2, 3, 20), (6, 4, 1000), (4, 100, 9), (6, 1, 7)])
+def test_blocks_change_nothing(plan: tuple[int, int, int], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SweepPlanner, "plan", lambda self, budget: SweepPlan(*plan))
+    for name, kind in (("llama-gqa2", "resample"), ("gemma2", "mean-per-position"), ("neox", "mean")):
+        baseline, full = truth(name, kind, where)
+        model = make(name)
+        with true_fp64():
+            result = pa.ablation_sweep(
+                model,
+                **given(rows()),
+                sets=[*single_heads(model), *SETS],
+                baseline=baseline,
+                positions=where,
+                predictions=True,
+                **QUIET,
+            )
+        agree(result, full)
+        np.testing.assert_array_equal(result.predictions, full[1:].argmax(-1).numpy())
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return make("llama-gqa2", torch.float32)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+def test_budget(model: torch.nn.Module, where: str) -> None:
+    whole = pa.ablation_sweep(model, **given(rows()), positions=where, **QUIET)
+    planner = whole.settings["forecast"]["bytes"]
+    for budget in (planner, planner // 3, planner // 6):
+        result = pa.ablation_sweep(model, **given(rows()), positions=where, memory_budget=budget, **QUIET)
+        assert result.settings["forecast"]["bytes"] <= budget
+        np.testing.assert_allclose(result.logits, whole.logits, rtol=1e-5, atol=1e-5)
+    assert result.settings["plan"] != whole.settings["plan"]
+    with pytest.raises(MemoryBudgetError, match=r"expected at least \d+ bytes"):
+        pa.ablation_sweep(model, **given(rows()), positions=where, memory_budget=1000, **QUIET)
+
+
+def test_out_of_memory_halves_and_goes_on(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pa.ablation_sweep(model, **given(rows()), **QUIET)
+    real = Carrier.run
+
+    def tight(self: Any, clean: Any, chunk: Any, *rest: Any) -> torch.Tensor:
+        if clean.batch * len(chunk) > 9:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+        return real(self, clean, chunk, *rest)
+
+    monkeypatch.setattr(Carrier, "run", tight)
+    seen: list[tuple[int, int]] = []
+    halved = pa.ablation_sweep(model, **given(rows()), verify=0, progress=lambda *call: seen.append(call))
+    assert halved.settings["plan"]["sets"] == 3 and seen[-1] == (72, 72)
+    np.testing.assert_allclose(halved.logits, whole.logits, rtol=1e-5, atol=1e-5)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Carrier, "run", full)
+    with unchanged(model), pytest.raises(MemoryBudgetError, match="out of memory on cpu"):
+        pa.ablation_sweep(model, **given(rows()), **QUIET)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(Carrier, "run", broken)
+    with unchanged(model), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        pa.ablation_sweep(model, **given(rows()), positions="end", **QUIET)
+
+
+def test_layers_before_a_set_are_not_recomputed(model: torch.nn.Module) -> None:
+    """Tokens through attention of each layer: the clean run, the identity, and only sets that began earlier."""
+    ids = rows((6, 6, 6))
+    pa.ablation_sweep(model, **given(ids, "none"), **QUIET)
+    counts = [0, 0, 0]
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _m, _a, kwargs, at=at: counts.__setitem__(at, counts[at] + kwargs["hidden_states"][..., 0].numel()),
+            with_kwargs=True,
+        )
+        for at, layer in enumerate(model.model.layers)
+    ]
+    try:
+        sweep.oracle._checked[model] = sweep.oracle._state(sweep.resolve(model))
+        for where, tokens in (("all", 18), ("end", 3)):
+            counts[:] = [0, 0, 0]
+            pa.ablation_sweep(model, **given(ids, "none"), positions=where, **QUIET)
+            clean = 18 + (3 if where == "end" else 0)  # END once more for the arguments of the blocks there
+            assert counts == [clean + tokens * (1 + 4 * layer) for layer in range(3)]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_end_attends_to_one_copy_of_the_keys(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, set[int]] = {}
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        assert k.shape[:2] == (6, 9) and k.shape == v.shape and q.shape[1] == 6
+        seen.setdefault(len(seen) if k.data_ptr() not in {p for s in seen.values() for p in s} else -1, set())
+        seen[max(seen)].add(k.data_ptr())
+        return real(q, k, v, *rest, **options)
+
+    real = ops.shared_prefix_attention
+    monkeypatch.setattr(sweep_end.ops, "shared_prefix_attention", watched)
+    monkeypatch.setattr(SweepPlanner, "plan", lambda self, budget: SweepPlan(6, 5, 12))
+    pa.ablation_sweep(model, **given(rows()), positions="end", **QUIET)
+    pointers = {pointer for group in seen.values() for pointer in group}
+    assert len(pointers) == 3  # one per layer
+
+
+# self-checks
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+def test_wrong_arguments_of_a_block_are_noticed(
+    model: torch.nn.Module, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary tables of other positions: the identity row is then not the model's own."""
+    real = getattr(sweep, f"prepare_{where}")
+
+    def wrong(*args: Any) -> Any:
+        clean = real(*args)
+        for layer in clean.arguments:
+            cos, sin = layer.kwargs["position_embeddings"]
+            layer.kwargs["position_embeddings"] = (cos.roll(1, -1), sin.roll(1, -1))
+        return clean
+
+    monkeypatch.setattr(sweep, f"prepare_{where}", wrong)
+    with unchanged(model), pytest.raises(SelfCheckError, match="with nothing ablated"):
+        pa.ablation_sweep(model, **given(rows()), positions=where, **QUIET)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+def test_verification_notices_one_wrong_set(
+    model: torch.nn.Module, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pa.ablation_sweep(model, **given(rows()), positions=where, **QUIET).verification_error is None
+    real = Carrier.run
+
+    def wrong(self: Any, clean: Any, chunk: Any, *rest: Any) -> torch.Tensor:
+        found = real(self, clean, chunk, *rest)
+        found[1 + 2] *= torch.linspace(0, 3, found.shape[-1])  # set 0.2
+        return found
+
+    monkeypatch.setattr(Carrier, "run", wrong)
+    with unchanged(model), pytest.raises(SelfCheckError, match=r"set 0\.2"):
+        pa.ablation_sweep(model, **given(rows()), positions=where, verify=12, progress=False)
+
+
+def test_heads_that_are_not_replaced_are_noticed(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of two layers of which only the first is ablated."""
+
+    def forget(now: Any, x: torch.Tensor, sites: Any) -> torch.Tensor:
+        return (
+            real(dataclasses.replace(now, ablated=None), x, sites) if now.ablated is not None else real(now, x, sites)
+        )
+
+    real = sweep_layers._change_z
+    monkeypatch.setattr(sweep_layers, "_change_z", forget)
+    with pytest.raises(SelfCheckError, match=r"set 0\.1\+1\.1"):
+        pa.ablation_sweep(model, **given(rows()), sets=[[(0, 1), (1, 1)]], progress=False)
+
+
+def test_wrong_family_spec_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ({"norm": "rms1p"}, {"parallel": True}, {"mlp_norm": "input_layernorm"}):
+        other = make("llama", torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setitem(FAMILIES, "llama", dataclasses.replace(FAMILIES["llama"], **wrong))
+            with pytest.raises(SelfCheckError, match="family 'llama'"):
+                pa.ablation_sweep(other, **given(rows()), **QUIET)
+
+
+def test_non_finite_values_are_named() -> None:
+    other = make("llama", torch.float32)
+    other.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="non-finite"):
+        pa.ablation_sweep(other, **given(rows()), **QUIET)
+
+
+@pytest.mark.parametrize("where", POSITIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_no_trace(name: str, where: str) -> None:
+    other = make(name, torch.float32)
+    for i, module in enumerate(other.modules()):
+        module.training = i % 3 != 0
+    with unchanged(other):
+        pa.ablation_sweep(other, **given(rows()), positions=where, sets=SETS, predictions=True, progress=False)
+
+
+# input and output
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([], "at least one set"),
+        ([[]], "empty one.*set 0"),
+        ([(0, 1), []], "set 1"),
+        ([(0, 4), [(3, 0), (1, 1)], ("mlp", 7)], "3 layers of 4 heads.*got 0.4, 3.0, mlp7"),
+        ([(-1, 0)], "got -1.0"),
+        ([[(0, 1), 3]], "expected .layer, head."),
+        ([[(0, "1")]], "expected .layer, head."),
+        ([[("attn", 1)]], "expected .layer, head."),
+        ("0.1", "list of sets"),
+        (3, "list of sets"),
+        ([7], "lists of"),
+        ([[(0, True)]], "expected .layer, head."),
+    ],
+)
+def test_bad_sets(model: torch.nn.Module, sets: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pa.ablation_sweep(model, **given(rows()), sets=sets, **QUIET)
+
+
+def test_bad_input(model: torch.nn.Module) -> None:
+    inputs = given(rows())
+    other = make("llama-gqa2", torch.float32, seed=3)
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    holed = mask.clone()
+    holed[:, 5:] = torch.tensor([1, 0, 1, 0, 1])
+    for change, error, message in (
+        ({"positions": "last"}, InputError, "positions: expected one of"),
+        ({"verify": -1}, InputError, "verify"),
+        ({"progress": "bar"}, InputTypeError, "progress"),
+        ({"backend": "tpu"}, InputError, "backend"),
+        ({"answers": torch.tensor([1])}, InputError, "answers: expected batch 6"),
+        ({"answers": torch.tensor([99] * 6)}, InputError, "answers: expected token ids in"),
+        ({"foils": torch.tensor([[1]])}, InputError, "foils: expected batch 6"),
+        ({"answers": None}, InputTypeError, "answers"),
+        ({"attention_mask": holed}, InputError, "hole"),
+        ({"attention_mask": mask * 0}, InputError, "at least one real token"),
+        ({"memory_budget": "two"}, InputError, "memory_budget"),
+        ({"baseline": "zero"}, InputTypeError, "baseline: expected ZeroAblation"),
+        ({"baseline": pa.MeanAblation.from_inputs(other, tokens, mask)}, InputError, "another model"),
+        ({"baseline": pa.MeanAblation.from_inputs(model, tokens[:, -5:], over="batch")}, InputError, "longer"),
+        ({"baseline": pa.ResampleAblation.from_inputs(model, tokens[[0, 2]], mask[[0, 2]])}, InputError, "2 prompts"),
+    ):
+        with pytest.raises(error, match=message):
+            pa.ablation_sweep(model, **{**inputs, **change}, **QUIET)
+
+
+def test_sets_in_any_form(model: torch.nn.Module) -> None:
+    forms = [(1, 2), pa.Head(1, 2), [(1, 2)], [(1, 2), pa.Head(1, 2)], pa.Ablation((pa.Head(1, 2),)), {(1, 2)}]
+    result = pa.ablation_sweep(model, **given(rows()), sets=forms, **QUIET)
+    assert set(result.sets) == {pa.Ablation((pa.Head(1, 2),))}
+    assert np.ptp(result.logits, axis=0).max() < 1e-5
+    both = pa.Ablation((pa.Head(0, 1),), (2,))
+    assert str(both) == "0.1+mlp2" and both == pa.Ablation.parse([("mlp", 2), (0, 1)])
+    assert pa.ablation_sweep(model, **given(rows()), sets=[both], **QUIET).of([(0, 1), ("mlp", 2)]) == 0
+
+
+def test_prompt_pairs(model: torch.nn.Module) -> None:
+    """The clean prompts of a PromptPairs, with its padding and answers."""
+    ids = rows((7, 5))
+    tokens, mask = (x.numpy() for x in pad([list(row) for row in ids], "right"))
+    pairs = PromptPairs(("a", "b"), ("c", "d"), ("e", "f"), tokens, tokens + 0, mask.astype(bool), answers(2).numpy())
+    found = pa.ablation_sweep(model, pairs, **QUIET)
+    np.testing.assert_allclose(found.logits, pa.ablation_sweep(model, **given(ids), **QUIET).logits, atol=1e-5)
+    with pytest.raises(InputError, match=r"answers.*inside the PromptPairs"):
+        pa.ablation_sweep(model, pairs, answers(2), **QUIET)
+
+
+def test_save_and_load(model: torch.nn.Module, tmp_path: Any) -> None:
+    result = pa.ablation_sweep(
+        model, **given(rows()), sets=SETS, predictions=True, foils=torch.ones(6, 2).long(), progress=False
+    )
+    result.save(tmp_path / "sweep")
+    loaded = pa.AblationSweep.load(tmp_path / "sweep")
+    for field in dataclasses.fields(result):
+        before, after = getattr(result, field.name), getattr(loaded, field.name)
+        if isinstance(before, np.ndarray):
+            np.testing.assert_array_equal(before, after)
+            assert before.dtype == after.dtype
+        else:
+            assert before == after, field.name
+    assert repr(loaded) == repr(result) and "mlp0" in repr(result)
+    with pytest.raises(InputError, match="expected a saved AblationSweep"):
+        pa.AblationSweep.load(tmp_path)
+
+
+def test_effects_and_progress(model: torch.nn.Module) -> None:
+    seen: list[tuple[int, int]] = []
+    result = pa.ablation_sweep(model, **given(rows()), verify=0, progress=lambda *call: seen.append(call))
+    assert seen[-1] == (72, 72)
+    usable = result.clean_logits > 0
+    expected = ((result.logits - result.identity_logits)[:, usable] / result.clean_logits[usable]).mean(1)
+    np.testing.assert_allclose(result.effects, expected, rtol=1e-5)
+    assert result.n_ratio_excluded == 6 - usable.sum()
+    assert [row["set"] for row in result.rows()][:2] == ["0.0", "0.1"]
+    settings = result.settings
+    assert settings["plan"]["sets"] == 12 and settings["forecast"]["seconds"] > 0
+    assert settings["seconds"].keys() == {"clean", "ablated"} and "total effect" in result.semantics
+
+
+def test_forecast_counts_what_the_model_does(model: torch.nn.Module) -> None:
+    """FLOP of the blocks against a count by hand: 3 layers of 4 heads, 6 prompts."""
+    forecast = pa.ablation_sweep(model, **given(rows()), **QUIET).settings["forecast"]
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    mlp = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
+    tokens, n = sum(LENGTHS), len(LENGTHS)
+    later = 4 * (2 + 1) * block * tokens - 8 * mlp * (tokens - n)
+    expected = later + 8 * mlp * tokens + 4 * mlp * n + 3 * block * tokens - mlp * (tokens - n)
+    assert forecast["replay_flop"] == 2 * expected and forecast["capture_flop"] == 2 * 3 * block * tokens
