@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyarith.demo import load_demo as load_demo
     from pyarith.discovery import discover as discover
     from pyarith.discovery import fast_patch as fast_patch
+    from pyarith.discovery import knockout_curve as knockout_curve
     from pyarith.engine.ablation import ablated as ablated
     from pyarith.engine.baselines import MeanAblation as MeanAblation
     from pyarith.engine.baselines import ResampleAblation as ResampleAblation
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "fast_patch": "pyarith.discovery",
     "discover": "pyarith.discovery",
+    "knockout_curve": "pyarith.discovery",
     "PatchResult": "pyarith.result",
     "PromptPairs": "pyarith.prompts",
     "Head": "pyarith.types",
