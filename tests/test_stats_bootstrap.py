@@ -139,16 +139,16 @@ def test_shapes_follow_the_effects() -> None:
 def test_bca_against_scipy() -> None:
     """One prompt an item: the plain BCa of the mean. Skewed, so that it differs from the percentile interval."""
     stats = pytest.importorskip("scipy.stats")
-    values = np.random.default_rng(7).exponential(size=40)
-    found = bootstrap_mean(values, {"item": np.arange(40)}, resamples=40_000, interval="bca")
-    plain = bootstrap_mean(values, {"item": np.arange(40)}, resamples=40_000)
+    values = np.exp(1.2 * np.random.default_rng(7).normal(size=25))
+    found = bootstrap_mean(values, {"item": np.arange(25)}, resamples=40_000, interval="bca")
+    plain = bootstrap_mean(values, {"item": np.arange(25)}, resamples=40_000)
     options = {"n_resamples": 40_000, "random_state": np.random.default_rng(1), "batch": 4000}
     oracle = stats.bootstrap((values,), np.mean, method="BCa", **options)
     percentile = stats.bootstrap((values,), np.mean, method="percentile", **options)
     width = plain.high - plain.low
     np.testing.assert_allclose([found.low, found.high], oracle.confidence_interval, atol=0.015 * width)
     np.testing.assert_allclose([plain.low, plain.high], percentile.confidence_interval, atol=0.015 * width)
-    assert found.high - plain.high > 0.03 * width
+    assert found.high - plain.high > 0.1 * width
     assert found.se == pytest.approx(oracle.standard_error, rel=0.02)
 
 

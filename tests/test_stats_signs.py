@@ -60,6 +60,16 @@ def test_against_scipy(alternative: str) -> None:
     assert sign_flip(effects, {"pair": groups}, alternative=alternative).p == pytest.approx(oracle.pvalue, abs=1e-14)
 
 
+def test_ties_are_ties_in_floating_point() -> None:
+    """Tenths and the same numbers as whole ones, where no sum is rounded: equal p-values."""
+    whole = np.random.default_rng(8).integers(-5, 6, (40, 10)).astype(float)
+    for alternative in ALTERNATIVES:
+        exact, tenths = (
+            sign_flip(one, {"pair": np.arange(10)}, alternative=alternative).p for one in (whole, whole / 10)
+        )
+        np.testing.assert_array_equal(tenths, exact)
+
+
 def test_only_the_first_factor_is_flipped() -> None:
     effects, groups = np.random.default_rng(2).normal(size=24), np.arange(24) % 6
     both = sign_flip(effects, {"pair": groups, "template": np.arange(24) // 6})
