@@ -525,7 +525,7 @@ def test_bad_input(model: torch.nn.Module) -> None:
         ({"baseline": pa.ResampleAblation.from_inputs(model, tokens[[0, 2]], mask[[0, 2]])}, InputError, "2 prompts"),
     ):
         with pytest.raises(error, match=message):
-            pa.ablation_sweep(model, **{**inputs, **change}, **QUIET)
+            pa.ablation_sweep(model, **{**QUIET, **inputs, **change})
 
 
 def test_sets_in_any_form(model: torch.nn.Module) -> None:
@@ -562,7 +562,7 @@ def test_save_and_load(model: torch.nn.Module, tmp_path: Any) -> None:
             assert before.dtype == after.dtype
         else:
             assert before == after, field.name
-    assert repr(loaded) == repr(result) and "mlp0" in repr(result)
+    assert repr(loaded) == repr(result) and "mlp1" in repr(result)
     with pytest.raises(InputError, match="expected a saved AblationSweep"):
         pa.AblationSweep.load(tmp_path)
 

@@ -103,14 +103,14 @@ class SweepPlanner:
         layers, (block, mlp) = self.sites.n_layers, self._flop
         n = len(self.lengths)
         tokens = n if self.end else int(self.lengths.sum())
-        later = float((layers - 1 - self.first).sum())
-        entering = 0.0 if self.sites.parallel else mlp * tokens * float((self.first < layers - 1).sum())
-        # in the last layer the MLP runs for END alone
-        carried = block * later * tokens - mlp * (tokens - n) * float((self.first < layers - 1).sum())
-        identity = block * layers * tokens
+        early = float((self.first < layers - 1).sum())
+        # the MLP of the last layer runs for END alone; in a serial block sets start before an MLP of their own
+        later = block * tokens * float((layers - 1 - self.first).sum()) - mlp * (tokens - n) * early
+        entering = 0.0 if self.sites.parallel else mlp * (tokens * early + n * (len(self.first) - early))
+        identity = block * layers * tokens - mlp * (tokens - n)
         return Forecast(
             capture_flop=block * layers * int(self.lengths.sum()),
-            replay_flop=carried + entering + identity,
+            replay_flop=later + entering + identity,
             bytes=self.bytes(plan),
             gemm_flop_per_second=gemm_rate(self.sites.device, self.sites.dtype),
         )
