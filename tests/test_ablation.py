@@ -304,8 +304,17 @@ def test_autocast() -> None:
     model = make("llama", torch.float32)
     ids = torch.tensor(rows((7, 7)))
     baseline = MeanAblation.from_inputs(model, ids)
+    dtypes = []
     with torch.autocast("cpu", dtype=torch.bfloat16), pa.ablated(model, HEADS, baseline, mlps=MLPS):
+        # hooks that come later see what the ablation hands on
+        after = [
+            projection(model, 0).register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype)),
+            mlp_write(model, MLPS[0]).register_forward_hook(lambda _, __, output: dtypes.append(output.dtype)),
+        ]
         found = logits(model, ids, None)
+        for hook in after:
+            hook.remove()
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
     with pa.ablated(model, HEADS, baseline, mlps=MLPS):
         plain = logits(model, ids, None)
     assert 0 < (found.float() - plain).abs().max() < 0.5
