@@ -17,6 +17,7 @@ import case_fewshot
 import case_memory
 import case_speed
 import case_startup
+import case_sweep
 from harness import RESULTS, Record
 from workloads import FULL, quick
 
@@ -25,8 +26,8 @@ RUNNERS: dict[str, Callable[..., None]] = {
     "memory": case_memory.run,
 }
 SPEED = ("llama12x12", "llama12x12_long", "llama12x12_bf16", "small8x8")
-CASES = (*SPEED, *RUNNERS, "startup")
-ROUNDS = {"small8x8": 15, "startup": 9, "fewshot": 5, "memory": 3}
+CASES = (*SPEED, *RUNNERS, "sweep", "startup")
+ROUNDS = {"small8x8": 15, "startup": 9, "fewshot": 5, "memory": 3, "sweep": 3}
 QUICK_ROUNDS = 2
 DEFAULT_ROUNDS = 7
 
@@ -36,9 +37,10 @@ def run_case(name: str, record: Record, rounds: int, small: bool, peers: bool = 
     if name == "startup":
         case_startup.run(record, rounds)
     else:
-        workload = quick(FULL[name]) if small else FULL[name]
-        if name in SPEED:
-            case_speed.run(record, workload, rounds, peers)
+        full = FULL["llama12x12" if name == "sweep" else name]
+        workload = quick(full) if small else full
+        if name in SPEED or name == "sweep":
+            (case_sweep if name == "sweep" else case_speed).run(record, workload, rounds, peers)
         else:
             RUNNERS[name](record, workload, rounds)
 

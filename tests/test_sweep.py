@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import literal_oracle
@@ -16,6 +17,7 @@ import torch
 from single_thread import one_thread  # noqa: F401
 from snapshot import unchanged
 from tiny_models import NAMES, make, pad, prompts
+from torch.utils.flop_counter import FlopCounterMode
 from true_fp64 import true_fp64
 
 import pyarith as pa
@@ -579,6 +581,29 @@ def test_effects_and_progress(model: torch.nn.Module) -> None:
     settings = result.settings
     assert settings["plan"]["sets"] == 12 and settings["forecast"]["seconds"] > 0
     assert settings["seconds"].keys() == {"clean", "ablated"} and "total effect" in result.semantics
+
+
+def test_floor_of_the_benchmark_has_the_flop_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one forward per head and the clean one, at all positions; END alone, and the clean one, at END."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    from case_sweep import SweepFloor
+    from workloads import FULL, build_model, quick
+
+    work = quick(FULL["llama12x12"])
+    floor = SweepFloor(work, build_model(work))
+    mlp, attention = work.mlp_flop, 8 * work.d_model**2
+    layers, heads, batch, tokens = work.n_layers, work.n_heads, work.batch, work.batch * work.pos
+    clean = layers * tokens * (attention + mlp) - (tokens - batch) * mlp
+    blocks = heads * layers * (layers - 1) // 2 * (attention + mlp)
+    early = heads * (layers - 1) * mlp  # a head's own MLP; one of the blocks above is the last, whose MLP is END's
+    expected = {
+        "all": clean + blocks * tokens - early * (tokens - batch) + early * tokens + heads * mlp * batch,
+        "end": clean + (blocks + early + heads * mlp) * batch,
+    }
+    for where in POSITIONS:
+        with FlopCounterMode(display=False) as counter:
+            floor.sweep(where)
+        assert counter.get_total_flops() == floor.flop(where) == expected[where]
 
 
 def test_forecast_counts_what_the_model_does(model: torch.nn.Module) -> None:
