@@ -66,6 +66,7 @@ CURVES: dict[str, tuple[list[float], tuple[int, int, int] | None]] = {
     "bump-before": ([0.5, 0.0, 0.0, 0.4, 1.0, 0.2], (3, 4, 4)),
     "dip-in-the-rise": ([0.0, 0.5, 0.05, 0.6, 1.0], (3, 3, 4)),
     "top-first": ([1.0, 0.5, 0.0], (0, 0, 0)),
+    "high-from-the-first": ([5.0, 5.2, 10.0, 4.0], (0, 2, 2)),
     "equal-steps": ([0.0, 0.5, 1.0], (1, 1, 2)),
     "exactly-at-the-shares": ([0.0, 1.0, 9.0, 10.0], (1, 2, 2)),
     "flat": ([0.3, 0.3], None),

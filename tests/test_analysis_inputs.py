@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from snapshot import unchanged
 from tiny_models import make
 
 from pyarith.analysis import logit_attribution, logit_lens, mlp_cosines
-from pyarith.errors import NonFiniteError, PyarithError, UnsupportedModelError
+from pyarith.errors import NonFiniteError, NotAvailableError, PyarithError, UnsupportedModelError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -94,3 +96,16 @@ def test_dropout_stays_out() -> None:
     with unchanged(model):
         trained = logit_lens(model, **given("left"))
     np.testing.assert_array_equal(still.probabilities, trained.probabilities)
+
+
+def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``to_dataframe`` hands its rows to pandas, or says that it is missing; pandas itself is not needed here."""
+    results = [call(make("llama"), **given("left")) for call in FUNCTIONS.values()]
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    for result in results:
+        table = result.to_dataframe()
+        assert table == list(result.rows()) and len({tuple(row) for row in table}) == 1
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for result in results:
+        with pytest.raises(NotAvailableError, match="pip install pandas"):
+            result.to_dataframe()

@@ -22,7 +22,7 @@ from pyarith.errors import PyarithError
 def test_lens(name: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarith.analysis.lens as module
 
-    monkeypatch.setattr(module, "_LOGITS", 400)  # two prompts at a time
+    monkeypatch.setattr(module, "_LOGITS", 200)  # one prompt at a time
     model = make(name)
     with true_fp64(), unchanged(model):
         result = logit_lens(model, k=5, **given(side))
