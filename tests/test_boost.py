@@ -276,6 +276,17 @@ def test_gradients() -> None:
         assert abs((values[0] - values[1]) / 2e-5 - slope) < 1e-6 * max(1.0, abs(slope))
 
 
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_autocast(attn: str) -> None:
+    _, sources, ids, mask = given("left")
+    model = make("llama-gqa2", torch.float32, attn=attn)
+    with pa.boost(model, HEADS, sources, 0.5):
+        plain = logits(model, ids, mask)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = logits(model, ids, mask)
+    assert 0 < (found.float() - plain)[:, -1].abs().max() < 0.5
+
+
 # --- a planted head ---------------------------------------------------------------------------------------------------
 
 

@@ -228,7 +228,7 @@ class _Boost:
         restricted = restricted / torch.where(any_mass, mass, 1.0)
         groups = self.n_heads // value.shape[1]
         v = value[:, heads // groups].to(p.dtype)  # [batch, chosen, key, d_head]
-        there = (restricted[:, :, None] @ v)[:, :, 0]
+        there = (restricted[:, :, None] @ v)[:, :, 0].to(p.dtype)  # autocast may have made it narrower
         mixed = torch.where(any_mass, torch.lerp(out[:, heads], there, self.alpha), out[:, heads])
         new_p = torch.where(any_mass, torch.lerp(own, restricted, self.alpha), own)
         return p.index_copy(1, heads, new_p), out.index_copy(1, heads, mixed)
@@ -308,7 +308,7 @@ def _attention(
     ends = boosts[0].watcher.call.ends()
     row = torch.arange(len(ends), device=ends.device)
     if weights is None:
-        mask = _mask_at(attention_mask, ends, query, key, past=boosts[0].watcher.call.past)
+        mask = _mask_at(attention_mask, ends, query.dtype)
         _, last = _eager(module)(module, query[row, :, ends][:, :, None], key, value, mask, **kwargs)
         p = last[:, :, 0]
     else:
@@ -323,16 +323,15 @@ def _attention(
     return out, weights
 
 
-def _mask_at(mask: Tensor | None, ends: Tensor, query: Tensor, key: Tensor, past: int) -> Tensor:
-    """The additive mask [batch, 1, 1, key] of each prompt's last query; without a mask attention is causal."""
-    batch, n_new, n_keys = len(ends), query.shape[2], key.shape[2]
+def _mask_at(mask: Tensor | None, ends: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The additive mask [batch, 1, 1, key] of each prompt's last query.
+
+    A kernel gets no mask where nothing is padded: the last query is the newest token then, and sees all keys.
+    """
     if mask is None:
-        column = torch.arange(n_keys, device=key.device) + past + n_new - n_keys
-        allowed = (column <= (past + ends)[:, None])[:, None, None]
-    else:
-        rows = mask.expand(batch, -1, -1, -1)[torch.arange(batch, device=mask.device), :, ends][:, :, None]
-        if rows.dtype != torch.bool:
-            return rows
-        allowed = rows
-    additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
-    return additive.masked_fill(~allowed, torch.finfo(query.dtype).min)
+        return None
+    row = torch.arange(len(ends), device=mask.device)
+    rows = mask.expand(len(ends), -1, -1, -1)[row, :, ends][:, :, None]
+    if rows.dtype != torch.bool:
+        return rows
+    return torch.zeros(rows.shape, dtype=dtype, device=mask.device).masked_fill_(~rows, torch.finfo(dtype).min)
