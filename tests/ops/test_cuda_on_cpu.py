@@ -80,29 +80,30 @@ def test_add_norm(built, kind, d_model, dtype, shift):
     assert_within_rule(got["out"], eager_add_norm(*plain, dtype), oracle_out, "out")
 
 
-@pytest.mark.parametrize("act", ops.ACTS)
+# Distances between the rows of gate, up and out beyond their length: aligned ones, and each alone off the alignment.
+GAPS = ((0, 0, 0), (8, 16, 24), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+GATED_SHIFTS = [(act, shift) for act in ops.ACTS for shift in (0, 1)]
+GATED_SHIFTS += [("silu", {name: 1}) for name in ("gate", "up", "out")]
+
+
+@pytest.mark.parametrize("act, shift", GATED_SHIFTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(
-    "rows, d_mlp, gap",
-    ((1, 1, 0), (3, 17, 0), (5, 24, 0), (8, 33, 0), (3, 24, 8), (3, 24, 1), (2, 4104, 0), (2, 4104, 64)),
-)
-@pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
-def test_gated_act(built, act, dtype, rows, d_mlp, gap, shift):
+@pytest.mark.parametrize("rows, d_mlp", ((1, 1), (3, 17), (5, 24), (8, 33), (2, 4104)))
+def test_gated_act(built, act, dtype, rows, d_mlp, shift):
     gate, up = make(rows, d_mlp, dtype=dtype) * 3, make(rows, d_mlp, dtype=dtype, seed=1)
     if d_mlp == 33:
         up = None
     oracle, eager = oracle_gated_act(gate, up, act), eager_gated_act(gate, up, act)
-    more = dict(shift=shift, gaps=dict(gate=gap, up=gap), act=act)
-    out = run(built, "gated_act_cuda", dict(gate=gate, up=up, out=gate), dict(out="w"), **more)["out"]
-    assert_within_rule(out, eager, oracle)
-    # In place, and into a part of something wider.
-    for target in ("gate", "up") if up is not None else ("gate",):
-        got = run(built, "gated_act_cuda", dict(gate=gate, up=up, out=target), {target: "rw"}, **more)[target]
-        assert torch.equal(got, out), target
-    more["gaps"]["out"] = 16
-    assert torch.equal(
-        run(built, "gated_act_cuda", dict(gate=gate, up=up, out=gate), dict(out="w"), **more)["out"], out
-    )
+    first = None
+    for distances in GAPS if act == "silu" else GAPS[:2]:
+        more = dict(shift=shift, gaps=dict(zip(("gate", "up", "out"), distances, strict=True)), act=act)
+        out = run(built, "gated_act_cuda", dict(gate=gate, up=up, out=gate), dict(out="w"), **more)["out"]
+        first = out if first is None else first
+        assert_within_rule(out, eager, oracle)
+        assert torch.equal(out, first), distances
+        for target in ("gate", "up") if up is not None else ("gate",):
+            got = run(built, "gated_act_cuda", dict(gate=gate, up=up, out=target), {target: "rw"}, **more)[target]
+            assert torch.equal(got, out), target
 
 
 @pytest.mark.parametrize("kind", ops.KINDS)
@@ -133,17 +134,31 @@ def test_answer_logits(built, kind, d_model, dtype, shift):
     assert_within_rule(got, plain_answer_logits(F32, *plain), plain_answer_logits(torch.float64, *plain))
 
 
+@pytest.mark.parametrize("name", ("row", "delta", "write", "weight", "bias", "out", "target_rows"))
+def test_one_tensor_off_its_alignment(built, name):
+    for dtype in DTYPES:
+        if name != "target_rows":
+            test_add_norm(built, "layer", 1032, dtype, {name: 1})
+        if name != "delta":
+            test_answer_logits(built, "layer", 1032, dtype, {name: 1})
+
+
+BASELINES = ("none", "one", "batch", "pos", "all", "strided", "z_odd", "baseline_odd")
+ABLATE_SHIFTS = [(baseline, shift) for baseline in BASELINES for shift in (0, 1)]
+ABLATE_SHIFTS += [("all", {name: 1}) for name in ("z", "baseline", "out")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("heads, d_head", ((1, 1), (5, 3), (3, 8), (5, 24), (12, 64), (33, 80)))
-@pytest.mark.parametrize("baseline", ("none", "one", "batch", "pos", "all", "strided"))
-@pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
+@pytest.mark.parametrize("heads, d_head", ((1, 1), (5, 3), (3, 8), (33, 80)))  # the last: more than a block's one step
+@pytest.mark.parametrize("baseline, shift", ABLATE_SHIFTS, ids=str)
 def test_ablate_heads(built, dtype, heads, d_head, baseline, shift):
     variants, batch, pos, width = 3, 2, 5, heads * d_head
     z = make(variants, batch, pos, width, dtype=dtype)
     ablate = make(variants, heads, seed=1) > 0
     ablate[0], ablate[1] = False, True
-    sizes = dict(one=(1, 1), batch=(batch, 1), pos=(1, pos), all=(batch, pos), strided=(batch, pos))
-    base = None if baseline == "none" else make(*sizes[baseline], width, dtype=dtype, seed=2)
+    sizes = dict(one=(1, 1), batch=(batch, 1), pos=(1, pos)).get(baseline, (batch, pos))
+    base = None if baseline == "none" else make(*sizes, width, dtype=dtype, seed=2)
+    gaps = dict(strided=dict(z=16, baseline=24), z_odd=dict(z=1), baseline_odd=dict(baseline=1)).get(baseline, {})
 
     def by_head(tensor):
         return tensor.unflatten(-1, (heads, d_head))
@@ -153,7 +168,7 @@ def test_ablate_heads(built, dtype, heads, d_head, baseline, shift):
         return torch.where(ablate[:, None, None, :, None], chosen, by_head(z)).flatten(-2)
 
     views = dict(z=by_head) | (dict(baseline=by_head) if base is not None else {})
-    more = dict(shift=shift, gaps=dict(z=16, baseline=16) if baseline == "strided" else {})
+    more = dict(shift=shift, gaps=gaps)
     arguments = dict(z=z, ablate=ablate, baseline=base, out=z)
     got = run(built, "ablate_heads_cuda", arguments, dict(out="w"), views=views | dict(out=by_head), **more)["out"]
     assert torch.equal(got, expected(z))
@@ -161,7 +176,7 @@ def test_ablate_heads(built, dtype, heads, d_head, baseline, shift):
     shared = views | dict(out=by_head, z=lambda t: by_head(t).expand(variants, -1, -1, -1, -1))
     got = run(built, "ablate_heads_cuda", arguments | dict(z=z[:1]), dict(out="w"), views=shared, **more)["out"]
     assert torch.equal(got, expected(z[:1].expand(variants, -1, -1, -1)))
-    if baseline != "strided":
+    if not gaps:
         got = run(built, "ablate_heads_cuda", arguments | dict(out="z"), dict(z="rw"), views=views, **more)["z"]
         assert torch.equal(got, expected(z))
 

@@ -35,7 +35,7 @@ def run(
     arguments: Mapping[str, torch.Tensor | str | None],
     written: Mapping[str, str],
     *,
-    shift: int = 0,
+    shift: int | Mapping[str, int] = 0,
     gaps: Mapping[str, int] | None = None,
     views: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     **scalars: object,
@@ -45,7 +45,7 @@ def run(
     Args:
         arguments: tensors by name, in the kernel's order; the name of another argument stands for the same memory.
         written: name -> "w" (starts as NaN) or "rw"; all others may only be read.
-        shift: elements by which every buffer is off its alignment.
+        shift: elements by which every buffer, or each named one, is off its alignment.
         gaps: name -> distance between rows beyond their length.
         views: name -> how the kernel sees the tensor.
     """
@@ -56,7 +56,8 @@ def run(
         for name, tensor in arguments.items():
             if isinstance(tensor, torch.Tensor):
                 start = torch.full_like(tensor, torch.nan) if written.get(name) == "w" else tensor
-                buffers[name] = Buffer(start, shift, (gaps or {}).get(name, 0))
+                off = shift if isinstance(shift, int) else shift.get(name, 0)
+                buffers[name] = Buffer(start, off, (gaps or {}).get(name, 0))
         tensors = {name: buffer.tensor for name, buffer in buffers.items()}
         allowed = [(tensor, written.get(name, "r")) for name, tensor in tensors.items()]
         seen = tensors | {name: view(tensors[name]) for name, view in (views or {}).items()}
