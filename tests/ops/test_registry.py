@@ -15,7 +15,7 @@ from pyarith.errors import BackendError, InputError
 from pyarith.ops import _registry
 
 OPS = tuple(sorted(samples()))
-WITHOUT_CPU = {"shared_prefix_attention"}
+WITHOUT_CPU = {"ablate_heads", "shared_prefix_attention"}
 CASES = [(op, i) for op, calls in samples().items() for i in range(len(calls))]
 
 
@@ -123,7 +123,7 @@ def test_by_name_runs_or_says_why():
         ops.add_norm(make(1, 1, 3), None, None, make(3), None, 1e-5, "rms", backend="cuda")
     with pytest.raises(InputError, match="backend: expected one of auto, cpu, cuda, triton, reference; got 'gpu'"):
         ops.gated_act(gate, backend="gpu")
-    with pytest.raises(InputError, match=r"op: expected one of add_norm, .*; got 'norm_add'"):
+    with pytest.raises(InputError, match=r"op: expected one of ablate_heads, add_norm, .*; got 'norm_add'"):
         ops.backend_of("norm_add")
 
 
@@ -135,7 +135,7 @@ def test_report_gives_a_reason_for_every_refusal():
         assert ops.why_not(op, "reference", torch.device("cpu"), torch.float64) is None
     if not torch.cuda.is_available():
         reason = ops.why_not("add_norm", "cuda", torch.device("cuda"), torch.float32)
-        assert reason in ("torch sees no CUDA device", "pyarith was built without CUDA (no nvcc, or PYARITH_CUDA=0)")
+        assert "built without CUDA" in reason or "no CUDA device" in reason
 
 
 def test_a_missing_extension_is_a_reason_not_a_crash(monkeypatch):

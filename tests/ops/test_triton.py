@@ -113,16 +113,25 @@ def test_triton_is_imported_only_when_a_kernel_starts():
 
 
 @pytest.mark.parametrize("op", ("head_write_rows", "vocab_logsumexp", "shared_prefix_attention"))
-def test_auto_takes_triton_first_on_a_gpu_that_can(op, monkeypatch):
+def test_auto_takes_triton_first_on_a_gpu_that_can(op, monkeypatch, tmp_path):
     folders("installed")
     monkeypatch.setattr(_registry, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setenv("CC", "cc")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_path", lambda *names: tmp_path)
+    (tmp_path / "Python.h").touch()
     assert ops.backend_of(op, "cuda:0") == "triton"
     assert ops.backend_of(op, "cuda:0", torch.float64) != "triton"
     monkeypatch.setattr(_registry, "_chosen", {})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for name, value, words in (
+        ("sysconfig.get_path", lambda *names: "nowhere", "against Python.h"),
+        ("shutil.which", lambda name: None, "needs a C compiler"),
+        ("torch.cuda.get_device_capability", lambda device: (7, 5), "need compute capability 8.0; this device has 7.5"),
+    ):
+        monkeypatch.setattr(name, value)
+        assert words in ops.why_not(op, "triton", torch.device("cuda", 0), torch.float32)
     assert ops.backend_of(op, "cuda:0") != "triton"
 
 

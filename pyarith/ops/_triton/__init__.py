@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the Triton kernels need compute capability 8.0; this device has {capability[0]}.{capability[1]}"
-    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
         return "triton needs a C compiler for its launchers: put gcc on PATH or set CC"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "triton compiles its launchers against Python.h, which is missing: install this Python's headers"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Launch:
         try:
             with torch.cuda.device_of(out):
                 self.kernel[(self.programs,)](**self.arguments, **self.options())
-        except TritonError as error:
+        except (TritonError, RuntimeError, CalledProcessError) as error:
             raise BackendError(
                 f"{self.kernel.__name__}: Triton could not run the kernel on {out.device}: {error}; "
                 "run again with backend='reference'"
