@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyarith import analysis as analysis
+    from pyarith import stats as stats
     from pyarith import tasks as tasks
     from pyarith.ablation_result import Ablation as Ablation
     from pyarith.ablation_result import AblationSweep as AblationSweep
@@ -47,6 +48,7 @@ _PUBLIC = {
     "load_demo": "pyarith.demo",
     "tasks": None,
     "analysis": None,
+    "stats": None,
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -90,7 +90,7 @@ def test_pictures_and_files_exist():
 def ran(tmp_path_factory):
     """The example, run as a file in an empty folder."""
     folder = tmp_path_factory.mktemp("example")
-    (folder / "example.py").write_text(blocks("python")[0])
+    (folder / "example.py").write_text("".join(blocks("python")))  # the second one goes on from the first
     command = [sys.executable, "example.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -107,6 +107,12 @@ def test_the_example_runs_and_prints_a_ranking(ran):
     assert "noise floor" in printed
     ranked = re.findall(r"^\d+\.\d+ ([+-][\d.]+)% [+-][\d.]+ logits$", printed, re.MULTILINE)
     assert len(ranked) == 3 and [float(x) for x in ranked] == sorted(map(float, ranked))
+
+
+def test_the_second_example_prints_a_curve_with_controls(ran):
+    _, printed = ran
+    assert "KnockoutCurve: " in printed
+    assert re.findall(r"^ +(key|random|bottom|same_layer|kept) +[\d.]+%", printed, re.MULTILINE)
 
 
 def test_the_example_writes_a_picture_and_a_result(ran):
