@@ -27,7 +27,7 @@ def draw_problems(task: str, n: int = 200, seed: int = 0) -> tuple[Drawn, ...]:
 
     Args:
         task: one of ``ARITHMETIC_TASKS`` (power, two_digit_sum, decimal_sum, year_span, word_problem) or of
-            ``CONTROL_TASKS``, which need no arithmetic (copy, sort, compare, successor, capital, antonym, colour, kind).
+            ``CONTROL_TASKS``, without arithmetic (copy, sort, compare, successor, capital, antonym, colour, kind).
         n: how many.
         seed: of the draw; the first of more problems are the fewer problems of the same seed.
     Returns:
