@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyarith.errors import InputError
 from pyarith.stats import (
+    Clusters,
     across_groups,
     expected_jaccard,
     jaccard,
@@ -19,6 +20,7 @@ from pyarith.stats import (
     spearman,
     split_half,
 )
+from pyarith.stats.bootstrap import weight_blocks
 from pyarith.stats.ranks import ranks
 from pyarith.types import Head
 
@@ -165,6 +167,20 @@ def test_rank_correlation_on_the_same_prompts() -> None:
     assert math.isnan(together.ceiling) and apart.ceiling < 1
     itself = rank_correlation(a, a, factors, resamples=100)
     assert itself.estimate == pytest.approx(1) and itself.low == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rank_correlation_step_by_step(shared: bool) -> None:
+    """The same weights for both results on the same prompts, others for other prompts; scipy for each resample."""
+    a, factors = planted(1.0, senders=12)
+    b = a + np.random.default_rng(6).normal(size=a.shape)
+    found = rank_correlation(a, b, factors, None if shared else factors, resamples=200, seed=3)
+    (left,), (right,) = (weight_blocks(Clusters.of(factors), 200, seed) for seed in (3, 3 if shared else 1_000_006))
+    draws = [scipy_stats.spearmanr(a @ v, b @ w).statistic for v, w in zip(left, right, strict=True)]
+    z, e = np.arctanh(np.clip(draws, -1 + 1e-9, 1 - 1e-9)), np.arctanh(found.estimate)
+    low, middle, high = np.quantile(z, [0.025, 0.5, 0.975])
+    ends = np.tanh([min(e + low - middle, 2 * e - high), max(e + high - middle, 2 * e - low)])
+    np.testing.assert_allclose([found.low, found.high], ends, atol=1e-9)
 
 
 def test_rank_correlation_covers_the_true_one() -> None:
