@@ -48,12 +48,14 @@ class Chunk:
         first: int64 [set].
         heads: bool [1 + set, n_layers, n_heads] what is ablated; row 0 is the identity.
         mlps: bool [1 + set, n_layers].
+        on_device: ``heads`` as a tensor on the model's device.
     """
 
     indices: NDArray[np.int64]
     first: NDArray[np.int64]
     heads: NDArray[np.bool_]
     mlps: NDArray[np.bool_]
+    on_device: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -71,7 +73,8 @@ def make_chunks(sites: ModelSites, sets: tuple[Ablation, ...], size: int) -> lis
             for head in sets[index].heads:
                 heads[row, head.layer, head.head] = True
             mlps[row, list(sets[index].mlps)] = True
-        chunks.append(Chunk(order[a:b], first[order[a:b]], heads, mlps))
+        on_device = torch.from_numpy(heads).to(sites.device)
+        chunks.append(Chunk(order[a:b], first[order[a:b]], heads, mlps, on_device))
     return chunks
 
 
@@ -81,7 +84,7 @@ class _Attention:
 
     Attributes:
         variants: copies of the prompts in this call.
-        ablated: bool [variant, head] on the host, or None.
+        ablated: bool [variant, head], or None.
         values: what ablated heads get, [batch or 1, pos or 1, head, d_head], None for zero.
         ends: where END stands, if only END shall pass the output projection; else None.
         identity: keep what variant 0 had.
@@ -90,7 +93,7 @@ class _Attention:
 
     variants: int
     batch: int
-    ablated: NDArray[np.bool_] | None
+    ablated: Tensor | None
     values: Tensor | None
     ends: Tensor | None
     identity: bool
@@ -221,13 +224,13 @@ class Carrier:
         """Rows [variant, batch, pos, d_model] through one block into ``target`` (rows themselves, or END of them)."""
         end = layer == self.sites.n_layers - 1
         n = len(rows)
-        ablated = chunk.heads[a : a + n, layer]
+        some = bool(chunk.heads[a : a + n, layer].any())
         keep = wanted and a == 0
         now = _Attention(
             n,
             clean.batch,
-            ablated if ablated.any() else None,
-            values.heads(layer, end=False) if ablated.any() else None,
+            chunk.on_device[a : a + n, layer] if some else None,
+            values.heads(layer, end=False) if some else None,
             clean.ends if end else None,
             keep,
             self.backends["ablate_heads"],
@@ -357,7 +360,7 @@ def _change_z(now: _Attention, x: Tensor, sites: ModelSites) -> Tensor | None:
     """z [variant * batch, pos, n_heads * d_head] on its way to the output projection."""
     if now.ablated is not None:
         z = x.view(now.variants, now.batch, x.shape[1], sites.n_heads, sites.d_head)
-        ops.ablate_heads(z, torch.from_numpy(now.ablated).to(x.device), now.values, out=z, backend=now.backend)
+        ops.ablate_heads(z, now.ablated, now.values, out=z, backend=now.backend)
     if now.ends is not None and x.shape[1] > 1:
         z = x.unflatten(0, (now.variants, now.batch))
         x = z[:, torch.arange(now.batch, device=x.device), now.ends].flatten(0, 1)[:, None]
