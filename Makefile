@@ -7,7 +7,7 @@ build:
 	$(PYTHON) -m pip install -c constraints.txt -e ".[test,dev]"
 
 test:
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest -n 2 --dist loadfile tests
 
 # Checks the kernels on the device that torch sees; fails where there is none.
 test-gpu:

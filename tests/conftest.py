@@ -1,5 +1,13 @@
-"""Shared by every test: two threads, so that timings and block plans are the same on any machine."""
+"""Shared by every test: a fixed number of threads, so that timings and block plans are the same on any machine."""
 
-import torch
+import os
 
-torch.set_num_threads(2)
+# Workers of pytest-xdist share the cores: more threads than cores make tiny matrices many times slower. Set before
+# torch is imported, so that it holds for the interpreters that tests start, too.
+_ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+if not _ALONE:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2 if _ALONE else 1)

@@ -78,6 +78,7 @@ def test_bitwise_repeatable(op, i):
 def test_bitwise_the_same_for_any_number_of_threads():
     row, delta, weight = make(64, 8, 257), make(64, 8, 257, seed=1), make(257)
     results = []
+    before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -87,7 +88,7 @@ def test_bitwise_the_same_for_any_number_of_threads():
             logits = ops.answer_logits(rows, None, weight, None, 1e-5, "rms", make(8, 2, 257), backend="cpu")
             results.append((rows, out, act, logits))
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(before)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
@@ -135,7 +136,7 @@ def test_report_gives_a_reason_for_every_refusal():
         assert ops.why_not(op, "reference", torch.device("cpu"), torch.float64) is None
     if not torch.cuda.is_available():
         reason = ops.why_not("add_norm", "cuda", torch.device("cuda"), torch.float32)
-        assert "built without CUDA" in reason or "no CUDA device" in reason
+        assert "CUDA" in reason
 
 
 def test_a_missing_extension_is_a_reason_not_a_crash(monkeypatch):
