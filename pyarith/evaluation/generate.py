@@ -102,7 +102,7 @@ def _continue(
     ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=device)
     real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
-    class AtText(StoppingCriteria):  # type: ignore[misc]
+    class AtText(StoppingCriteria):
         """Ends a row when its new text holds a stop text behind something that is not blank."""
 
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:

@@ -78,7 +78,7 @@ def save_heads(
         meta: what else to record (task, threshold, seed ...), as far as JSON holds it.
         model: where given, its sizes and fingerprint are recorded, and the heads are checked against it.
     Raises:
-        InputError: no heads, some twice, or some that the model does not have (all are named); meta that JSON cannot hold.
+        InputError: no heads, some twice, or some that the model does not have (all are named); meta that is no JSON.
     """
     chosen = _heads(heads, "heads")
     record: dict[str, Any] = {"format": _FORMAT, "heads": [list(head) for head in chosen]}

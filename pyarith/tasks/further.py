@@ -42,7 +42,9 @@ def draw_problems(task: str, n: int = 200, seed: int = 0) -> tuple[Drawn, ...]:
     return found
 
 
-def problem_pairs(tokenizer: Any, task: str, n: int = 200, seed: int = 0, on_misaligned: str = "drop") -> PromptPairs:
+def problem_pairs(
+    tokenizer: Any, task: str, n: int = 200, seed: int = 0, on_misaligned: str = "drop", *, fewer: bool = False
+) -> PromptPairs:
     """Pairs of problems of the same form, for tasks whose answers are one token.
 
     The corrupted prompt is another problem of the same form, with as many tokens and another answer.
@@ -51,6 +53,7 @@ def problem_pairs(tokenizer: Any, task: str, n: int = 200, seed: int = 0, on_mis
         tokenizer: any Hugging Face tokenizer.
         task, n, seed: as in ``draw_problems``.
         on_misaligned: ``"drop"`` leaves out what breaks an alignment rule and counts it, ``"raise"`` stops there.
+        fewer: where there are no ``n`` pairs (there are 40 prompts about capitals), take all there are.
     Returns:
         ``PromptPairs`` with strata template (the form), item (what the problem is about) and, where there are at least
         5 forms, pair (the same as item), so that statistics resample forms and items.
@@ -63,12 +66,17 @@ def problem_pairs(tokenizer: Any, task: str, n: int = 200, seed: int = 0, on_mis
     pool = _different(task, max(4 * n, 400) if _whole(n) else n, seed)
     aligner = Aligner(tokenizer)
     settings = {"task": task, "corruption": "problem", "seed": seed}
-    candidates = _candidates(task, pool, seed, aligner)
+    candidates = list(_candidates(task, pool, seed, aligner))
+    if fewer and on_misaligned == "drop":
+        able = [one for one in candidates if one.refused is None]
+        texts = ([one.prompt for one in able], [one.corrupted for one in able], [one.answer for one in able])
+        aligned = aligner.align(*texts, None, [one.replaced for one in able]) if able else None
+        n = min(n, sum(reason is None for reason in aligned.reasons) if aligned else 0) or n
     return collect(candidates, aligner, n, on_misaligned=on_misaligned, settings=settings, reasons=_REFUSALS)
 
 
 def _whole(n: Any) -> bool:
-    return isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0
+    return isinstance(n, int | np.integer) and not isinstance(n, bool) and bool(n > 0)
 
 
 def _different(task: str, n: int, seed: int) -> tuple[Drawn, ...]:
