@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyarith import analysis as analysis
+    from pyarith import evaluation as evaluation
     from pyarith import stats as stats
     from pyarith import tasks as tasks
     from pyarith.ablation_result import Ablation as Ablation
@@ -48,6 +49,7 @@ _PUBLIC = {
     "load_demo": "pyarith.demo",
     "tasks": None,
     "analysis": None,
+    "evaluation": None,
     "stats": None,
 }
 __all__ = [*_PUBLIC, "__version__"]
