@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from toolchain import CSRC, CUDA_SOURCES, compiled, missing, nvcc
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the compilers, on a machine that may be busy
 RECORD = Path(__file__).with_name("kernel_resources.csv")
 ARCHS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas=-v", f"-I{CSRC}")

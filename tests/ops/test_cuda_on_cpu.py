@@ -31,6 +31,7 @@ from toolchain import CUDA_SOURCES
 from pyarith import ops
 from pyarith.ops import _native
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the compilers, on a machine that may be busy
 EPS = 1e-5
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
