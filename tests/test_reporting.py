@@ -19,7 +19,7 @@ from pyarith.discovery.discover import discover
 from pyarith.errors import InputError, InputTypeError
 from pyarith.plots import effects_figure
 from pyarith.reporting import RunDirectory, data_hash, model_fingerprint
-from pyarith.reporting.rundir import plain
+from pyarith.reporting.files import plain
 from pyarith.reporting.tables import head_rows, mlp_rows
 
 

@@ -9,6 +9,7 @@ import typer
 from pyarith.cli.command_demo import demo
 from pyarith.cli.command_discover import discover
 from pyarith.cli.command_doctor import doctor
+from pyarith.cli.command_knockout import knockout
 
 app = typer.Typer(
     name="pyarith",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(discover)
+app.command()(knockout)
 app.command()(doctor)
 
 

@@ -12,6 +12,7 @@ from pyarith.cli.terminal import Terminal, count, percent, table
 
 if TYPE_CHECKING:
     from pyarith.discovery.discover import Discovery
+    from pyarith.reporting import Judgement
     from pyarith.result import PatchResult
 
 _NAMES = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division"}
@@ -32,9 +33,10 @@ class Prompts:
 
 @dataclass
 class Found:
-    """Discoveries by operator sign, and how long each step took."""
+    """Discoveries by operator sign, how sure they are, and how long each step took."""
 
     discoveries: dict[str, Discovery] = field(default_factory=dict)
+    judgements: dict[str, Judgement] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -42,6 +44,7 @@ def explore(terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, **
     """Draw prompts and patch, operator by operator. All prompts are drawn first: a bad option fails at once."""
     from pyarith import tasks
     from pyarith.discovery.discover import discover
+    from pyarith.reporting import judge
 
     found = Found()
     start = time.perf_counter()
@@ -65,6 +68,11 @@ def explore(terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, **
                 model, pairs, only_correct=prompts.only_correct, progress=progress, **options
             )
         found.seconds[f"discovery {sign}"] = time.perf_counter() - start
+    start = time.perf_counter()
+    for sign, discovery in found.discoveries.items():
+        with terminal.step(f"Intervals and p-values: {name_of(sign)}"):
+            found.judgements[sign] = judge(discovery)
+    found.seconds["confidence"] = time.perf_counter() - start
     return found
 
 
@@ -73,8 +81,9 @@ def name_of(sign: str) -> str:
     return f"{_NAMES.get(sign, 'operator')} {sign}"
 
 
-def show(terminal: Terminal, discoveries: Mapping[str, Discovery], top: int) -> None:
-    """Print the summary and the rankings."""
+def show(terminal: Terminal, found: Found, top: int) -> None:
+    """Print the summary, the rankings and how sure they are."""
+    discoveries = found.discoveries
     first = next(iter(discoveries.values())).result
     terminal.text(f"Quantity: {first.semantics}")
     terminal.text(f"Backends: {', '.join(f'{op} {name}' for op, name in first.settings['backends'].items())}")
@@ -84,11 +93,51 @@ def show(terminal: Terminal, discoveries: Mapping[str, Discovery], top: int) -> 
     terminal.line("Heads: layer.head, relative effect, change of the answer's logit", style="bold")
     _columns(terminal, discoveries, "#", _ranked({s: _heads(d.result, top) for s, d in discoveries.items()}))
     terminal.line()
+    _intervals(terminal, found, top)
+    terminal.line()
     terminal.line("MLPs, largest effect of either sign first: layer, relative effect, change", style="bold")
     _columns(terminal, discoveries, "#", _ranked({s: _mlps(d.result) for s, d in discoveries.items()}))
     for sign, discovery in discoveries.items():
         for line in _left_out(discovery):
             terminal.line(f"{sign}  {line}")
+
+
+def _intervals(terminal: Terminal, found: Found, top: int) -> None:
+    """The heads below -5 % (where there are none, the three strongest) with interval and p; else why there are none."""
+    made = table()
+    for name in ("", "head", "effect", "95% interval", "adjusted p", "whole interval below -5%"):
+        made.add_column(name, justify="left" if name in ("", "head") else "right", no_wrap=True)
+    lines = []
+    for sign, judgement in found.judgements.items():
+        result, sure = found.discoveries[sign].result, judgement.confidence
+        if sure is None or sure.heads is None:
+            lines.append(f"{sign}  no intervals or p-values: {judgement.reason or 'heads were not among the senders'}")
+            continue
+        certain = sure.key_heads(-0.05)
+        for head in (result.key_heads(-0.05) or [row.head for row in result.top(3)])[:top]:
+            low, high, p = (float(getattr(sure.heads, name)[head]) for name in ("low", "high", "p_adjusted"))
+            effect = percent(float(sure.heads.estimate[head]))
+            made.add_row(
+                sign,
+                str(head),
+                effect,
+                f"{percent(low)} .. {percent(high)}",
+                f"{p:.2g}",
+                "yes" if head in certain else "no",
+            )
+        halves = judgement.stability
+        if halves is None:
+            lines.append(f"{sign}  no split halves: {judgement.reason}")
+        else:
+            lines.append(
+                f"{sign}  halves of the operand pairs rank the heads alike to {halves['spearman']['median']:.2f} "
+                f"(Spearman; {halves['spearman']['low']:.2f} .. {halves['spearman']['high']:.2f} over 200 splits)"
+            )
+    if made.row_count:
+        terminal.line("How sure: two-way bootstrap over operand pairs and templates, sign flips", style="bold")
+        terminal.out.print(made)
+    for line in lines:
+        terminal.line(line)
 
 
 def _columns(terminal: Terminal, signs: Iterable[str], first: str, rows: Mapping[str, list[str]]) -> None:
@@ -182,7 +231,8 @@ def write(
     discoveries = found.discoveries
     start = time.perf_counter()
     for sign, discovery in discoveries.items():
-        run.add_discovery(sign, discovery, folder="" if len(discoveries) == 1 else _FOLDERS[sign])
+        folder = "" if len(discoveries) == 1 else _FOLDERS[sign]
+        run.add_discovery(sign, discovery, folder=folder, judgement=found.judgements.get(sign))
     effects = {name_of(s): (d.result.head_effects, d.result.mlp_effects) for s, d in discoveries.items()}
     if len(effects) == 1:
         figure = effects_figure(*next(iter(effects.values())), title=f"{title}, {next(iter(effects))}")

@@ -56,7 +56,7 @@ def demo(
         size = sum(p.numel() for p in model.parameters())
         layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
         terminal.line(f"The demo model: {size / 1e6:.1f} million parameters, {layers} layers of {heads} heads")
-        show(terminal, found.discoveries, top)
+        show(terminal, found, top)
         settings = {"n": n, "seed": seed, "corruption": corruption, "operators": list(_OPERATORS)}
         files = write(
             run,

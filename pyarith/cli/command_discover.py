@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
-from pyarith.cli.options import Corruption, Debug, N, Seed, Top
+from pyarith.cli.options import Corruption, Debug, Force, N, Seed, Top
 from pyarith.cli.terminal import Terminal, reported
+
+_NOT_SETTINGS = ("out", "debug", "force", "operator", "style")
 
 
 def discover(
@@ -44,6 +46,7 @@ def discover(
         bool, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run code that comes with the model.")
     ] = False,
     top: Top = 10,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Arithmetic in any supported model.
@@ -51,7 +54,7 @@ def discover(
     The effects of all its heads and MLPs on its answers, from a local checkpoint or a hub name.
     """
     operators, styles = operator or ["+"], style or []
-    settings = {key: value for key, value in locals().items() if key not in ("out", "debug", "operator", "style")}
+    settings = {key: value for key, value in locals().items() if key not in _NOT_SETTINGS}
     terminal = Terminal()
     with reported(debug):
         from pyarith.cli.arithmetic import Prompts, explore, show, write
@@ -72,13 +75,16 @@ def discover(
                 note=terminal.note,
             )
         seconds = time.perf_counter() - start
+        if run is not None and not force and run.done("discover", loaded.model, settings):
+            terminal.line(f"Done already: {out} holds this run; --force does it again")
+            return
         prompts = Prompts(operators, corruption, n, seed, styles, only_correct)
         options = {"mlps": mlps, "memory_budget": memory_budget, "backend": backend, "verify": verify}
         found = explore(terminal, loaded.model, loaded.tokenizer, prompts, **options)
         found.seconds = {"loading": seconds, **found.seconds}
         precision, place = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device
         terminal.line(f"{model} in {precision} on {place}, corruption: {corruption}")
-        show(terminal, found.discoveries, top)
+        show(terminal, found, top)
         terminal.line()
         if run is not None:
             files = write(

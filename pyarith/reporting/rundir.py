@@ -3,45 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import platform
+import shutil
 import sys
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pyarith import __version__
 from pyarith.discovery.discover import Discovery
 from pyarith.errors import InputError, check
+from pyarith.reporting.files import file_hash, settings_hash, whole, write_json
 from pyarith.reporting.fingerprint import data_hash, model_fingerprint
+from pyarith.reporting.judgement import Judgement
+from pyarith.reporting.saved import FORMAT, RECORD
 from pyarith.reporting.tables import head_rows, mlp_rows, prompt_rows, write_csv
+from pyarith.reporting.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECORD = "run.json"
-_FORMAT = 1
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
-
-
-def versions() -> dict[str, str | None]:
-    """Version of Python and of each package that can change a number; None where one is not installed."""
-    found: dict[str, str | None] = {"pyarith": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+STEPS = ("knockout", "analysis")  # what later commands add to a run; gone with the run they belong to
+_STAGE = ".partial"
 
 
 class RunDirectory:
     """A directory that holds one run. Nothing is written before the first ``add_...``.
 
-    An earlier run of pyarith in it is replaced: the files that its ``run.json`` lists are deleted, others stay.
+    Files are written to a hidden folder in it; ``finish`` moves them and writes ``run.json`` last, so a kill leaves the
+    earlier run as it was, or no ``run.json``. An earlier run of pyarith is replaced by then: the files that it and the
+    steps after it list are deleted, others stay.
 
     Args:
         path: new, empty, or holding an earlier run.
@@ -55,36 +46,52 @@ class RunDirectory:
         self._runs: dict[str, dict[str, Any]] = {}
         self._started = datetime.now(timezone.utc)
         check(not self.path.exists() or self.path.is_dir(), f"out: expected a directory, got the file {self.path}")
-        self._old = self._earlier()
+        self._stage = self.path / _STAGE
+        self._old, self._record = self._earlier()
 
-    def _earlier(self) -> list[str]:
-        """The files of an earlier run, by its record."""
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return []
-        try:
-            record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
-            own = record["tool"] == "pyarith"
-            files = [str(name) for name in record["files"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            own, files = False, []
-        if not own:
-            raise InputError(
-                f"out: expected a new or empty directory or one with an earlier run of pyarith, got {self.path} with "
-                f"{sorted(entry.name for entry in self.path.iterdir())[:3]} in it; choose another"
-            )
-        return files
+    def _earlier(self) -> tuple[list[str], dict[str, Any]]:
+        """The files of an earlier run and its record. Of an interrupted one there may be no more than the stage."""
+        entries = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        if not [name for name in entries if name != _STAGE]:
+            return [], {}
+        for file in (self.path / RECORD, self._stage / RECORD):
+            try:
+                record = json.loads(file.read_text(encoding="utf-8"))
+                if record["tool"] == "pyarith":
+                    return [str(name) for name in record["files"]], record
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        raise InputError(
+            f"out: expected a new or empty directory or one with an earlier run of pyarith, got {self.path} with "
+            f"{entries[:3]} in it; choose another"
+        )
+
+    def done(self, command: str, model: Any, settings: dict[str, Any]) -> bool:
+        """Whether the directory holds this very run, finished: command, settings, model and all files."""
+        old = self._record
+        same = old.get("command") == command and old.get("format") == FORMAT and (self.path / RECORD).is_file()
+        same = same and old.get("key") == _key(command, settings) and whole(self.path, old.get("hashes"))
+        return same and bool(old["model"]["fingerprint"] == model_fingerprint(model))
 
     def file(self, name: str) -> Path:
-        """The path of a file that is about to be written, its folder made, and listed in the record."""
-        self._clear()
-        path = self.path / name
+        """Where to write a file, its folder made; it gets to its place, and is listed in the record, by ``finish``."""
+        if not self._files:
+            shutil.rmtree(self._stage, ignore_errors=True)  # what an interrupted run left
+        path = self._stage / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._files.append(name)
         return path
 
     def _clear(self) -> None:
+        """Delete the earlier run: its record first, since a run without one counts as unfinished."""
         root = self.path.resolve()
-        for name in self._old:
+        for step in STEPS:
+            try:
+                record = json.loads((root / step / f"{step}.json").read_text(encoding="utf-8"))
+                self._old += [f"{step}/{step}.json", *(f"{step}/{name}" for name in record["hashes"])]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        for name in [RECORD, *self._old] if self._old else []:
             old = (root / name).resolve()
             if old.is_relative_to(root) and old.is_file():
                 old.unlink()
@@ -92,11 +99,23 @@ class RunDirectory:
                     old.parent.rmdir()
         self._old = []
 
-    def add_discovery(self, name: str, discovery: Discovery, folder: str = "", threshold: float = -0.05) -> None:
+    def add_discovery(
+        self,
+        name: str,
+        discovery: Discovery,
+        folder: str = "",
+        threshold: float = -0.05,
+        judgement: Judgement | None = None,
+    ) -> None:
         """Write heads.csv, mlps.csv, prompts.csv and result/ into ``folder``, and note the rest for the record."""
         at = f"{folder}/" if folder else ""
         result = discovery.result
-        tables = {"heads": head_rows(result, threshold), "mlps": mlp_rows(result), "prompts": prompt_rows(discovery)}
+        sure = None if judgement is None else judgement.confidence
+        tables = {
+            "heads": head_rows(result, threshold, sure),
+            "mlps": mlp_rows(result, sure),
+            "prompts": prompt_rows(discovery),
+        }
         for table, rows in tables.items():
             if rows:
                 write_csv(self.file(f"{at}{table}.csv"), rows)
@@ -109,13 +128,13 @@ class RunDirectory:
             "quantity": result.semantics,
             "patching": result.settings,
             "seconds": discovery.seconds,
+            **({} if judgement is None else judgement.record(threshold)),
         }
 
     def add_figure(self, name: str, figure: Figure) -> Path:
-        """Write a picture."""
-        path = self.file(name)
-        figure.savefig(path, dpi=150)
-        return path
+        """Write a picture; returns where it will lie."""
+        figure.savefig(self.file(name), dpi=150)
+        return self.path / name
 
     def finish(
         self,
@@ -128,7 +147,7 @@ class RunDirectory:
         seconds: dict[str, float],
         revision: str | None = None,
     ) -> Path:
-        """Write ``run.json``; a directory without it was not finished.
+        """Move all files to their place and write ``run.json``; a directory without it was not finished.
 
         Args:
             command: what was run, such as ``"discover"``.
@@ -143,8 +162,9 @@ class RunDirectory:
         parameters = list(model.parameters())
         record = {
             "tool": "pyarith",
-            "format": _FORMAT,
+            "format": FORMAT,
             "command": command,
+            "key": _key(command, settings),
             "command_line": sys.argv,
             "started": self._started.isoformat(timespec="seconds"),
             "versions": versions(),
@@ -165,22 +185,17 @@ class RunDirectory:
             "seconds": seconds,
             "runs": self._runs,
         }
-        path = self.file(RECORD)
-        text = json.dumps(plain({**record, "files": self._files}), indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-        return path
+        names = list(self._files)
+        hashes = {name: file_hash(self._stage / name) for name in names}
+        record |= {"files": [*names, RECORD], "hashes": hashes}
+        write_json(self.file(RECORD), record)
+        self._clear()
+        for file in [*names, RECORD]:  # the record last
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._stage / file, self.path / file)
+        shutil.rmtree(self._stage)
+        return self.path / RECORD
 
 
-def plain(value: Any) -> Any:
-    """``value`` in JSON's own types: numpy scalars and arrays unpacked, NaN and infinity as None, the rest as text."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
+def _key(command: str, settings: dict[str, Any]) -> str:
+    return settings_hash({"command": command, "settings": settings})

@@ -12,24 +12,36 @@ import numpy as np
 
 from pyarith.discovery.discover import Discovery
 from pyarith.result import PatchResult
+from pyarith.stats import Confidence, SenderConfidence
 
 Row = Mapping[str, Any]
 
 
-def head_rows(result: PatchResult, threshold: float = -0.05) -> list[Row]:
-    """All heads, the most negative effect first: rank, layer, head, effect, logit_change, noise_floor, key (0 or 1)."""
-    rows = sorted(_rows(result, "head"), key=lambda row: (math.isnan(row["effect"]), row["effect"]))
+def head_rows(result: PatchResult, threshold: float = -0.05, confidence: Confidence | None = None) -> list[Row]:
+    """All heads, the most negative effect first: rank, layer, head, effect, logit_change, noise_floor, key (0 or 1).
+
+    With a ``confidence`` also effect_low, effect_high, effect_se, p and p_adjusted.
+    """
+    sure = None if confidence is None else confidence.heads
+    rows = sorted(_rows(result, "head", sure), key=lambda row: (math.isnan(row["effect"]), row["effect"]))
     return [{"rank": i, **row, "key": int(row["effect"] < threshold)} for i, row in enumerate(rows, start=1)]
 
 
-def mlp_rows(result: PatchResult) -> list[Row]:
-    """All MLPs, the largest effect of either sign first: rank, layer, effect, logit_change, noise_floor."""
-    rows = sorted(_rows(result, "mlp"), key=lambda row: (math.isnan(row["effect"]), -abs(row["effect"])))
+def mlp_rows(result: PatchResult, confidence: Confidence | None = None) -> list[Row]:
+    """All MLPs, the largest effect of either sign first: rank, layer, effect, logit_change, noise_floor, as heads."""
+    sure = None if confidence is None else confidence.mlps
+    rows = sorted(_rows(result, "mlp", sure), key=lambda row: (math.isnan(row["effect"]), -abs(row["effect"])))
     return [{"rank": i, **{k: v for k, v in row.items() if k != "head"}} for i, row in enumerate(rows, start=1)]
 
 
-def _rows(result: PatchResult, kind: str) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "kind"} for row in result.rows() if row["kind"] == kind]
+def _rows(result: PatchResult, kind: str, sure: SenderConfidence | None) -> list[dict[str, Any]]:
+    rows = [{k: v for k, v in row.items() if k != "kind"} for row in result.rows() if row["kind"] == kind]
+    if sure is not None:
+        for row in rows:
+            at = (row["layer"], row["head"]) if kind == "head" else (row["layer"],)
+            row |= {f"effect_{name}": float(getattr(sure, name)[at]) for name in ("low", "high", "se")}
+            row |= {name: float(getattr(sure, name)[at]) for name in ("p", "p_adjusted")}
+    return rows
 
 
 def prompt_rows(discovery: Discovery) -> list[Row]:

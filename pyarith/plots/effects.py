@@ -1,4 +1,4 @@
-"""Pictures of effects. matplotlib is imported inside the functions; pyplot and its global state are never touched."""
+"""Heat maps of effects."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyarith.errors import InputError, check
+from pyarith.plots.style import FAINT, INK, SMALL, TEXT, plain, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +19,7 @@ Array = NDArray[Any]
 Pair = tuple[Array | None, Array | None]
 
 _COLOURS = "RdBu"  # lower than 0 red, higher blue
-_LOWERS, _RAISES, _UNKNOWN, _INK, _FAINT = "#c0392b", "#2c6fad", "#c8c8c8", "#303030", "#dddddd"
-_TEXT, _SMALL = 9, 7.5
+_LOWERS, _RAISES, _UNKNOWN = "#c0392b", "#2c6fad", "#c8c8c8"
 _PERCENT = "{x:.3g}%"
 _MLP_WIDTH = 1.1  # inches
 _NUMBERED = 130  # grids of at most this many heads have room for numbers
@@ -104,7 +104,7 @@ def _draw(effects: Mapping[str, Pair], title: str, threshold: float, columns: in
         figsize=(max(width, 3.4), max(height, 2.6 if heads else 1.6)), layout="constrained", facecolor="white"
     )
     if title:
-        figure.suptitle(title, fontsize=_TEXT + 2, color=_INK)
+        figure.suptitle(title, fontsize=TEXT + 2, color=INK)
     ratios = widths * columns + [0.14] * bool(heads)
     grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
     limit, reach = _limit(heads), _limit(mlps)
@@ -120,7 +120,7 @@ def _draw(effects: Mapping[str, Pair], title: str, threshold: float, columns: in
             _mlps(beside, mlp_effects, reach, alone=first is None)
             first = first or beside
         if name:
-            first.set_title(name, fontsize=_TEXT + 1, color=_INK, loc="left")  # type: ignore[union-attr]
+            first.set_title(name, fontsize=TEXT + 1, color=INK, loc="left")  # type: ignore[union-attr]
     if heads:
         _scale(figure, figure.add_subplot(grid[:, -1]), limit, threshold)
     return figure
@@ -134,23 +134,12 @@ def _scale(figure: Figure, axes: Axes, limit: float, threshold: float) -> None:
     percent = StrMethodFormatter(_PERCENT)
     bar = figure.colorbar(ScalarMappable(norm=Normalize(-limit, limit), cmap=_COLOURS), cax=axes, format=percent)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=_SMALL, colors=_INK, length=2)
+    bar.ax.tick_params(labelsize=SMALL, colors=INK, length=2)
     label = "mean relative change\nof the answer's logit"
     if limit > abs(100 * threshold):
         bar.ax.axhline(100 * threshold, color="black", lw=1.2)
         label += f"\noutlined: below {100 * threshold:g}%"
-    bar.set_label(label, fontsize=_TEXT, color=_INK)
-
-
-def _ticks(size: int) -> list[int]:
-    step = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 100, size) if size / step <= 20)
-    return list(range(0, size, step))
-
-
-def _plain(axes: Axes) -> None:
-    axes.tick_params(length=2, labelsize=_SMALL, colors=_INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    bar.set_label(label, fontsize=TEXT, color=INK)
 
 
 def _heads(axes: Axes, effects: Array, limit: float, threshold: float, cell: tuple[float, float]) -> None:
@@ -179,13 +168,13 @@ def _heads(axes: Axes, effects: Array, limit: float, threshold: float, cell: tup
             value = 100 * effects[layer, head]
             bright = abs(value) > 0.5 * limit
             text = f"{value:.0f}" if abs(value) >= 9.5 else f"{value:.1f}"
-            colour = "white" if bright else _INK
-            axes.text(head, layer, text, ha="center", va="center", fontsize=_SMALL - 1, color=colour)
-    axes.set_xticks(_ticks(across))
-    axes.set_yticks(_ticks(layers))
-    axes.set_xlabel("head", fontsize=_TEXT, color=_INK)
-    axes.set_ylabel("layer", fontsize=_TEXT, color=_INK)
-    _plain(axes)
+            colour = "white" if bright else INK
+            axes.text(head, layer, text, ha="center", va="center", fontsize=SMALL - 1, color=colour)
+    axes.set_xticks(ticks(across))
+    axes.set_yticks(ticks(layers))
+    axes.set_xlabel("head", fontsize=TEXT, color=INK)
+    axes.set_ylabel("layer", fontsize=TEXT, color=INK)
+    plain(axes)
 
 
 def _mlps(axes: Axes, effects: Array, reach: float, alone: bool) -> None:
@@ -196,17 +185,17 @@ def _mlps(axes: Axes, effects: Array, reach: float, alone: bool) -> None:
     axes.barh(layers, np.nan_to_num(values), height=0.72, color=np.where(values < 0, _LOWERS, _RAISES))
     for layer in layers[np.isnan(values)]:
         axes.axhspan(layer - 0.36, layer + 0.36, color=_UNKNOWN, lw=0)
-    axes.axvline(0, color=_INK, lw=0.8)
+    axes.axvline(0, color=INK, lw=0.8)
     axes.set_xlim(-1.08 * reach, 1.08 * reach)
     axes.set_ylim(len(effects) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(2, symmetric=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter(_PERCENT))
-    axes.grid(axis="x", color=_FAINT, lw=0.6)
+    axes.grid(axis="x", color=FAINT, lw=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("MLP", fontsize=_TEXT, color=_INK)
-    axes.set_yticks(_ticks(len(effects)))
-    _plain(axes)
+    axes.set_xlabel("MLP", fontsize=TEXT, color=INK)
+    axes.set_yticks(ticks(len(effects)))
+    plain(axes)
     if alone:
-        axes.set_ylabel("layer", fontsize=_TEXT, color=_INK)
+        axes.set_ylabel("layer", fontsize=TEXT, color=INK)
     else:
         axes.tick_params(axis="y", labelleft=False, length=0)

@@ -1,0 +1,64 @@
+"""Writing so that a kill leaves either the old file or the new one, and telling a whole file from half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's own types: numpy scalars and arrays unpacked, NaN and infinity as None, the rest as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` under a temporary name and rename it: whoever reads ``path`` never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def file_hash(path: Path) -> str:
+    """``sha256:...`` of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """``sha256:...`` of settings, the same for the same values in any order."""
+    return f"sha256:{hashlib.sha256(json.dumps(plain(dict(settings)), sort_keys=True).encode()).hexdigest()}"
+
+
+def whole(folder: Path, hashes: Any) -> bool:
+    """Whether every file of ``hashes`` (name -> ``file_hash``) lies in ``folder`` with just these bytes."""
+    if not isinstance(hashes, dict) or not hashes:
+        return False
+    root = folder.resolve()
+    for name, expected in hashes.items():
+        path = (root / str(name)).resolve()
+        if not (path.is_relative_to(root) and path.is_file() and file_hash(path) == expected):
+            return False
+    return True

@@ -1,0 +1,116 @@
+"""Steps that follow a discovery and live in its run directory: ``knockout/``, ``analysis/``.
+
+A step's files are written to a hidden folder first and moved when all are there; its record, which lists them with
+their hashes, comes last. So a step without a record, or whose files do not fit it, was not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyarith.errors import check
+from pyarith.reporting.files import file_hash, settings_hash, whole, write_json
+from pyarith.reporting.saved import SavedRun
+from pyarith.reporting.versions import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEP_FORMAT = 1
+
+
+class Step:
+    """One step of a saved run.
+
+    Args:
+        run: the run that the step belongs to.
+        name: of the step and of its folder; the record is ``NAME/NAME.json``.
+        settings: everything that can change a number. Together with the run's own identity they say whether a finished
+            step is the one that is asked for.
+    Raises:
+        InputError: the step was written by a newer version.
+    """
+
+    def __init__(self, run: SavedRun, name: str, settings: dict[str, Any]) -> None:
+        self.run, self.name, self.settings = run, name, settings
+        self.folder = run.path / name
+        self.record_path = self.folder / f"{name}.json"
+        self.key = settings_hash({"step": name, "settings": settings, "run": run.identity})
+        self._stage = run.path / f".{name}.partial"
+        self._names: list[str] = []
+        self._started = datetime.now(timezone.utc)
+        self._old = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """The record of an earlier run of the step; empty where there is none that can be read."""
+        try:
+            record = json.loads(self.record_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(record, dict) or record.get("tool") != "pyarith":
+            return {}
+        found = record.get("format")
+        check(
+            isinstance(found, int) and found <= STEP_FORMAT,
+            f"RUN_DIR: {self.record_path} has format {found}, this version of pyarith reads up to {STEP_FORMAT}; "
+            "use the version that wrote it, or another run directory",
+        )
+        return record
+
+    @property
+    def finished(self) -> bool:
+        """Whether the step was finished with these settings on this run, and its files are as it left them."""
+        return self._old.get("key") == self.key and whole(self.folder, self._old.get("hashes"))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record of the finished step."""
+        return self._old
+
+    def file(self, name: str) -> Path:
+        """Where to write a file of the step; it gets to its place with ``finish``."""
+        if not self._names:
+            shutil.rmtree(self._stage, ignore_errors=True)  # what a kill left behind
+            self._stage.mkdir()
+        self._names.append(name)
+        return self._stage / name
+
+    def add_figure(self, name: str, figure: Figure) -> None:
+        """Write a picture."""
+        figure.savefig(self.file(name), dpi=150)
+
+    def finish(self, content: dict[str, Any], seconds: dict[str, float]) -> list[Path]:
+        """Move the files to their place and write the record; returns all of them, the record last."""
+        hashes = {name: file_hash(self._stage / name) for name in self._names}
+        record = {
+            "tool": "pyarith",
+            "format": STEP_FORMAT,
+            "step": self.name,
+            "key": self.key,
+            "command_line": sys.argv,
+            "started": self._started.isoformat(timespec="seconds"),
+            "versions": versions(),
+            "run": self.run.identity,
+            "settings": self.settings,
+            "seconds": seconds,
+            **content,
+            "hashes": hashes,
+        }
+        self.folder.mkdir(exist_ok=True)
+        # without a record nothing in the folder counts as finished, so a kill from here on costs the step, no more
+        self.record_path.unlink(missing_ok=True)
+        for name in self._old.get("hashes", {}):
+            old = self.folder / Path(name).name
+            if old.is_file():
+                old.unlink()
+        for name in self._names:
+            os.replace(self._stage / name, self.folder / name)
+        write_json(self.record_path, record)
+        self._stage.rmdir()
+        return [*(self.folder / name for name in self._names), self.record_path]
