@@ -3,13 +3,13 @@
     python bench/gpu.py [--quick] [--minutes 8] [--seed N] [--out FILE]
 
 Needs torch, transformers, numpy and safetensors, to build also nvcc, cmake, ninja and pybind11; no network. Rows go to
-bench/results/<GPU>.jsonl as they are measured, so it can be ended at any time. Exit status: 0 all well, 1 something failed
-or was not checked, 2 no GPU, 128 + the signal's number when ended by one.
+bench/results/<GPU>.jsonl as they are measured, so it can be ended at any time. Exit status: 0 all well, 1 something
+failed or was not checked, 2 no GPU, 128 + the signal's number when ended by one.
 
 `--rehearse` runs the same code at tiny sizes on the CPU: it shows that the command works and says nothing about speed.
 
-This process never touches the device. A second one does (gpu_work.py); when that dies or hangs, the case that it was at is
-reported as failed and a new one goes on with the next.
+This process never touches the device. A second one does (gpu_work.py); when that dies or hangs, the case that it was
+at is reported as failed and a new one goes on with the next.
 """
 
 import argparse
@@ -45,13 +45,13 @@ class Supervisor:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.report = Report()
+        self.report = Report(rehearsed=options.rehearse)
         self.deadline = time.monotonic() + 60 * options.minutes
         self._stages: dict[str, float] = {}  # when each stage began
         self._case: tuple[str, str, float] | None = None  # stage, name and begin of the case in progress
 
     def run(self) -> None:
-        """Work until everything has an outcome; one process after another, each of which gets at least one case done."""
+        """Work until everything has an outcome, by one process after another; each gets at least one case done."""
         while True:
             known = len(self.report.outcomes)
             reason = self._one_process()
@@ -59,9 +59,7 @@ class Supervisor:
                 return
             if self._case is not None:
                 stage, name, begin = self._case
-                print(f"  {name}: {reason}", flush=True)
-                self.report.add(Outcome(stage, name, FAILED, reason, time.monotonic() - begin))
-                self._case = None
+                self._settle(Outcome(stage, name, FAILED, reason, time.monotonic() - begin))
             if len(self.report.outcomes) == known:
                 self.report.add(Outcome("build", "start", FAILED, reason))
                 self.report.leave_out(f"start: {reason}")
@@ -77,7 +75,7 @@ class Supervisor:
         try:
             while True:
                 if not connection.poll(max(0.0, self._limit() - time.monotonic())):
-                    return f"no end in {STAGES[self._case[0]].seconds if self._case else START_SECONDS:.0f} s"
+                    return f"no end in {STAGES[self._case[0]].hangs if self._case else START_SECONDS:.0f} s"
                 message = connection.recv()
                 if message[0] == "done":
                     process.join(EXIT_SECONDS)
@@ -95,7 +93,7 @@ class Supervisor:
         if self._case is None:
             return time.monotonic() + START_SECONDS
         stage, _, begin = self._case
-        return min(begin + STAGES[stage].seconds, max(begin, self.deadline) + GRACE_SECONDS)
+        return min(begin + STAGES[stage].hangs, max(begin, self.deadline) + GRACE_SECONDS)
 
     def _hear(self, connection: Connection, kind: str, *content: object) -> None:
         if kind == "plan":
@@ -109,11 +107,13 @@ class Supervisor:
         elif kind == "record":
             self.report.record = content[0]
         elif kind == "end":
-            outcome = content[0]
-            self._case = None
-            self.report.add(outcome)
-            if outcome.status != PASSED:
-                print(f"  {outcome.case}: {outcome.status}: {outcome.reason}", flush=True)
+            self._settle(content[0])
+
+    def _settle(self, outcome: Outcome) -> None:
+        self._case = None
+        self.report.add(outcome)
+        if outcome.status != PASSED:
+            print(f"  {outcome.case}: {outcome.status}: {outcome.reason}", flush=True)
 
     def _grant(self, stage: str, name: str) -> str:
         """ "" lets the case begin; otherwise why it must not."""

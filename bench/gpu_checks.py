@@ -4,7 +4,7 @@ A kernel's error may be twice that of plain PyTorch plus the floor of its dtype 
 before each run. Two runs, a run on another stream and one replayed from a captured graph give the same bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from gpu_problems import (
     ablate_heads,
     add_norm,
     answer_logits,
+    fill,
     gated_act,
     head_write_rows,
     shared_prefix_attention,
@@ -59,7 +60,7 @@ def problems(op: str, tiny: bool) -> Iterator[Build]:
         yield partial(vocab_logsumexp, rows=130, d_model=wide, d_vocab=8 * wide - 1)
     elif op == "ablate_heads":
         yield partial(ablate_heads, variant=3, batch=2, pos=5, head=3, d_head=17)
-        yield partial(ablate_heads, variant=3, batch=2, pos=5, head=3, d_head=17, baseline=(1, 1))
+        yield partial(ablate_heads, variant=3, batch=2, pos=5, head=3, d_head=17, baseline=(1, 1), same_z=True)
         yield partial(ablate_heads, variant=3, batch=2, pos=5, head=4, d_head=64, baseline=(2, 1))
         yield partial(ablate_heads, variant=5, batch=2, pos=9, head=wide // 128, d_head=128, baseline=(1, 9))
         yield partial(ablate_heads, variant=5, batch=2, pos=9, head=wide // 128, d_head=128, baseline=(2, 9))
@@ -105,22 +106,25 @@ def check(bench: Bench, op: str, backend: str, dtype: torch.dtype, reason: str |
         raise RuntimeError(reason)
     draw = Draw(bench.generator(name_of(op, "", dtype)))  # every backend gets the same inputs
     checks = []
-    for build in problems(op, bench.tiny):
+    builds = list(problems(op, bench.tiny))
+    for build in builds:
         problem = build(draw, dtype)
         what = f"{op} {backend} {dict(problem.shape)}"
-        checks.append(against_fp64(problem, backend, what))
+        # Triton compiles anew for pointers of another alignment: the largest problem stands for all
+        offsets = (0, 1) if backend != "triton" or build is builds[-1] else (0,)
+        checks.append(against_fp64(problem, backend, what, offsets))
         same_bits(bench, problem, backend, what)
     worst = max(checks, key=lambda c: c.error / c.bound)
     name = str(dtype).removeprefix("torch.")
     bench.write(Row(name=f"check {op}", provider=backend, shape={"problems": len(checks)}, dtype=name, check=worst))
 
 
-def against_fp64(problem: Problem, backend: str, what: str) -> Check:
-    """The larger of the errors, aligned and not, as a passed check."""
+def against_fp64(problem: Problem, backend: str, what: str, offsets: Sequence[int] = (0, 1)) -> Check:
+    """The error that comes closest to its bound, with tensors that many elements into their buffers; it has passed."""
     run = partial(_run, problem, backend)
     oracle, eager = problem.oracle(problem.fresh()), problem.results_of(problem.eager)
     checks = []
-    for offset in (0, 1):
+    for offset in offsets:
         found = problem.results_of(run, offset)
         for name, value, plain, exact in zip(problem.results, found, eager, oracle, strict=True):
             bound = 2 * error(plain, exact) + FLOOR[value.dtype]
@@ -140,7 +144,7 @@ def same_bits(bench: Bench, problem: Problem, backend: str, what: str) -> None:
     replay = bench.clock.captured(partial(run, arguments))
     for name, tensor in arguments.items():
         if tensor is not None:
-            tensor.copy_(start[name])
+            fill(tensor, start[name])
     replay()
     again["a replayed graph"] = [arguments[name] for name in problem.results]
     bench.clock.synchronise()

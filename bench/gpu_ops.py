@@ -11,9 +11,19 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from gpu_checks import backends, name_of
-from gpu_problems import EPS, Arguments, Draw, Problem
-from gpu_problems import ablate_heads, add_norm, answer_logits, gated_act, head_write_rows  # isort: skip
-from gpu_problems import shared_prefix_attention, vocab_logsumexp  # isort: skip
+from gpu_problems import (
+    EPS,
+    Arguments,
+    Draw,
+    Problem,
+    ablate_heads,
+    add_norm,
+    answer_logits,
+    gated_act,
+    head_write_rows,
+    shared_prefix_attention,
+    vocab_logsumexp,
+)
 from gpu_work import Bench, Case, NotMeasured
 from harness import Check, Row, Timing, relative_error
 from tolerances import FLOOR, error

@@ -1,7 +1,7 @@
 """One problem per op: random inputs on any device, the op, plain PyTorch, and the fp64 oracle of tests/ops/cases.py.
 
-All of them read and write a mapping from argument name to tensor, so that the same problem can be run from fresh copies,
-at misaligned addresses, in a captured graph, or again and again under a clock.
+All of them read and write a mapping from argument name to tensor, so that the same problem can be run from fresh
+copies, at misaligned addresses, in a captured graph, or again and again under a clock.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,7 +76,14 @@ def placed(tensor: Tensor, offset: int, poison: bool = False) -> Tensor:
     size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     blank = torch.nan if tensor.is_floating_point() else 0
     view = tensor.new_full((size + offset,), blank).as_strided(tensor.shape, tensor.stride(), offset)
-    return view if poison else view.copy_(tensor)
+    return view if poison else fill(view, tensor)
+
+
+def fill(target: Tensor, source: Tensor) -> Tensor:
+    """Copy values between tensors of the same strides; what an expanded dimension repeats is copied once."""
+    once = tuple(slice(1 if stride == 0 else None) for stride in source.stride())
+    target[once].copy_(source[once])
+    return target
 
 
 def add_norm(
@@ -183,7 +190,7 @@ def head_write_rows(
     draw: Draw, dtype: torch.dtype, batch: int, head: int, d_head: int, d_model: int, base: bool = True,
     linear: bool = True,
 ) -> Problem:  # fmt: skip
-    """`linear`: w_o is a view of an nn.Linear's weight, otherwise of a Conv1D's; dz and base are fp32, as in a replay."""
+    """`linear`: w_o is a view of an nn.Linear's weight, otherwise of a Conv1D's. dz and base: fp32, as in a replay."""
     if linear:
         w_o = draw(d_model, head * d_head, dtype=dtype).T.view(head, d_head, d_model)
     else:
@@ -246,10 +253,12 @@ def vocab_logsumexp(
 
 def ablate_heads(
     draw: Draw, dtype: torch.dtype, variant: int, batch: int, pos: int, head: int, d_head: int,
-    baseline: tuple[int, int] | None = None, one_head: bool = False,
+    baseline: tuple[int, int] | None = None, one_head: bool = False, same_z: bool = False,
 ) -> Problem:  # fmt: skip
-    """`baseline`: its sizes along batch and pos, or None for zero; `one_head`: one per variant, as in a sweep."""
+    """`baseline`: its sizes along batch and pos, or None for zero; `one_head`: one per variant, as in a sweep;
+    `same_z`: all variants start from the same outputs, kept once."""
 
+    shape = (batch, pos, head, d_head)
     ablate = draw.below(2, variant, head).bool()
     if one_head:
         variants, heads = (torch.arange(n, device=draw.device) for n in (variant, head))
@@ -265,10 +274,10 @@ def ablate_heads(
     return Problem(
         {"variant": variant, "batch": batch, "pos": pos, "head": head, "d_head": d_head},
         {
-            "z": draw(variant, batch, pos, head, d_head, dtype=dtype),
+            "z": draw(1 if same_z else variant, *shape, dtype=dtype).expand(variant, *shape),
             "ablate": ablate,
             "baseline": None if baseline is None else draw(*baseline, head, d_head, dtype=dtype),
-            "out": draw.empty(variant, batch, pos, head, d_head, dtype=dtype),
+            "out": draw.empty(variant, *shape, dtype=dtype),
         },
         lambda t, backend: ops.ablate_heads(**t, backend=backend),
         eager,

@@ -141,6 +141,7 @@ def cases(bench: Bench, quick: bool) -> list[Case]:
 def work(options: Options, outcomes: dict[str, Outcome], connection: Connection) -> None:
     """Entry of the process: runs every case without an outcome that the supervisor lets run."""
     os.setsid()  # the supervisor ends the whole group: a build has children
+    torch.set_num_threads(1)  # the host runs tiny models only, which wait for a second thread
     bench = Bench(options, outcomes, connection)
     first = Case("build", "build", build)
     connection.send(("plan", [(first.stage, first.name)]))
@@ -181,7 +182,7 @@ def _run(bench: Bench, case: Case) -> bool:
         status, reason = SKIPPED, str(error)
     except Exception as error:
         traceback.print_exc()
-        status, reason = FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        status, reason = FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}"
     _end(bench, Outcome(case.stage, case.name, status, reason, time.perf_counter() - begin, bench.values))
     return status != FAILED or _alive(bench)
 
