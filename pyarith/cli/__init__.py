@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pyarith.cli.command_analyze import analyze
 from pyarith.cli.command_demo import demo
 from pyarith.cli.command_discover import discover
 from pyarith.cli.command_doctor import doctor
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(discover)
 app.command()(knockout)
+app.command()(analyze)
 app.command()(doctor)
 
 

@@ -1,6 +1,7 @@
 """Pictures. matplotlib is imported inside the functions; pyplot and its global state are never touched."""
 
+from pyarith.plots.analyses import attention_figure, cosines_figure
 from pyarith.plots.effects import effects_figure, effects_panels
 from pyarith.plots.knockouts import knockout_figure
 
-__all__ = ["effects_figure", "effects_panels", "knockout_figure"]
+__all__ = ["attention_figure", "cosines_figure", "effects_figure", "effects_panels", "knockout_figure"]
