@@ -246,7 +246,7 @@ def _generated(
 def clusters_of(items: Task) -> Clusters | None:
     """What the statistics of a task resample: pair and template, the one with 5 values, or items; None: too few."""
     try:
-        found = Clusters.of(items.strata)
+        found = Clusters.of(items)
     except InputError:
         found = Clusters.of({"item": np.arange(len(items))})
     enough = [name for name, size in found.sizes.items() if size >= _LEAST]
