@@ -116,11 +116,9 @@ def test_wrong_and_crashing_kernels_are_reported_and_the_rest_goes_on(tmp_path):
         assert f"  check gated_act cpu {dtype}: FAILED: ValueError: gated_act cpu" in output
     assert "  check shared_prefix_attention reference float32: FAILED: the process died of SIGABRT" in output
     found = {(row["name"], row["provider"], row["dtype"]) for row in rows(out)}
-    assert not {
-        pair
-        for pair in found
-        if pair[:2] in {("check gated_act", "cpu"), ("check shared_prefix_attention", "reference")}
-    }
+    assert not [row for row in found if row[:2] == ("check gated_act", "cpu")]
+    assert ("check shared_prefix_attention", "reference", "float32") not in found
+    assert ("check shared_prefix_attention", "reference", "float16") in found
     assert ("check gated_act", "reference", "float32") in found  # same op, another backend
     assert ("check vocab_logsumexp", "cpu", "float32") in found  # behind the crash
     assert "check fast_patch" in {name for name, _, _ in found}
@@ -235,6 +233,51 @@ def test_a_check_sees_wrong_unwritten_and_unrepeatable_results(bench):
             against_fp64(broken_problem(run=wrong), "cpu", "wrong")
     with pytest.raises(ValueError, match="differs from the first run"):
         same_bits(bench, broken_problem(run=moving), "cpu", "moving")
+
+
+@pytest.mark.parametrize("call, how", [(2, "a second run"), (3, "another stream"), (4, "a replayed graph")])
+def test_a_check_says_which_run_differs(call, how, bench):
+    from gpu_checks import same_bits
+
+    from pyarith import ops
+
+    calls = []
+
+    def changing(t, backend):
+        ops.gated_act(t["gate"], t["up"], "silu", out=t["out"], backend=backend)
+        calls.append(how)
+        if len(calls) == call:
+            t["out"][0, 0] += 1e-6
+
+    with pytest.raises(ValueError, match=f"out of {how} differs"):
+        same_bits(bench, broken_problem(run=changing), "cpu", "changing")
+
+
+@pytest.mark.parametrize("call, how", [(2, "a second run"), (4, "a replayed graph")])
+def test_a_replay_that_changes_is_seen(call, how, bench, monkeypatch):
+    import gpu_engine_checks
+
+    real, calls = gpu_engine_checks.Prepared.run, []
+
+    def changing(self, row_block):
+        calls.append(row_block)
+        return real(self, row_block) + 1e-6 * (len(calls) == call)
+
+    gpu_engine_checks.replay(bench, torch.float32)
+    monkeypatch.setattr(gpu_engine_checks.Prepared, "run", changing)
+    with pytest.raises(ValueError, match=f"replay, {how}: differs"):
+        gpu_engine_checks.replay(bench, torch.float32)
+
+
+def test_blocks_that_are_not_halved_are_seen(bench, monkeypatch):
+    from contextlib import nullcontext
+
+    import gpu_engine_checks
+
+    gpu_engine_checks.out_of_memory(bench)
+    monkeypatch.setattr(gpu_engine_checks, "little_memory", nullcontext)
+    with pytest.raises(ValueError, match="blocks were not halved"):
+        gpu_engine_checks.out_of_memory(bench)
 
 
 def test_an_op_without_problems_is_a_finding(bench):
