@@ -9,9 +9,9 @@ build:
 test:
 	$(PYTHON) -m pytest -n 2 --dist loadfile tests
 
-# Checks the kernels on the device that torch sees; fails where there is none.
+# Builds, and checks the kernels and the engine on the device that torch sees; fails where there is none.
 test-gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(PYTHON) bench/gpu.py --quick
 	$(PYTHON) -m pytest tests/ops
 
 lint:
