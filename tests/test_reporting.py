@@ -238,6 +238,35 @@ def test_a_record_cannot_name_files_outside(tmp_path, found):
     assert outside.exists()
 
 
+def test_an_interrupted_run_leaves_the_earlier_one_and_can_be_done_again(written, model, found, monkeypatch):
+    import os
+
+    path, _ = written
+    before = {str(p): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    run = RunDirectory(path)
+    run.add_discovery("+", found, folder="add")
+    assert {str(p): p.read_bytes() for p in path.rglob("*") if p.is_file() and ".partial" not in str(p)} == before
+    moved, replace = [], os.replace
+
+    def kill(source, target):
+        moved.append(target)
+        if len(moved) == 3:  # the first is the staged record, the second the first table
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run.finish("test", model, name="tiny", settings={}, seeds={}, seconds={})
+    assert not (path / "run.json").exists(), "half a run must not look like one"
+    again = RunDirectory(path)
+    assert not again.done("test", model, {})
+    again.add_discovery("+", found)
+    again.finish("test", model, name="tiny", settings={}, seeds={}, seconds={})
+    assert RunDirectory(path).done("test", model, {}) and not RunDirectory(path).done("test", model, {"n": 1})
+    assert not (path / "add").exists() and not (path / ".partial").exists()
+
+
 def test_an_empty_directory_is_fine_and_nothing_is_made_too_early(tmp_path):
     RunDirectory(tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -114,12 +114,14 @@ def _show(terminal: Terminal, found: Analyses, tokenizer: Any) -> None:
 
 def _print(terminal: Terminal, title: str, columns: list[str], rows: list[list[str]]) -> None:
     terminal.line(title, style="bold")
+    from rich.markup import escape
+
     made = table()
     for number, name in enumerate(columns):
         made.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*row)
-    terminal.out.print(made, markup=False)
+        made.add_row(*map(escape, row))  # a token may look like markup
+    terminal.out.print(made)
     terminal.line()
 
 

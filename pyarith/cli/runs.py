@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pyarith.cli.terminal import Terminal
+from pyarith.cli.terminal import Terminal, percent
 
 if TYPE_CHECKING:
     from pyarith.reporting import SavedRun, Step
@@ -68,10 +68,12 @@ def with_key_heads(terminal: Terminal, run: SavedRun, threshold: float) -> dict[
     Raises:
         InputError: none has.
     """
+    import numpy as np
+
     from pyarith.errors import check
 
     found = {sign: run.key_heads(sign, threshold) for sign in run.signs}
-    lowest = {sign: f"{100 * float(run.effects(sign).min()):+.1f}%" for sign in run.signs}
+    lowest = {sign: percent(float(np.nan_to_num(run.effects(sign), nan=0.0).min())) for sign in run.signs}
     text = ", ".join(f"{sign} {value}" for sign, value in lowest.items())
     check(
         any(found.values()),

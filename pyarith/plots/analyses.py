@@ -105,9 +105,14 @@ def attention_figure(masses: Mapping[str, Mass], title: str = "") -> Figure:
         axes.set_title(name, fontsize=TEXT, color=INK, loc="left")
         ruled(axes, "x")
     panels[-1, 0].set_xlabel("mean attention at the last token, %", fontsize=TEXT, color=INK)
-    handles = [Patch(color=colour, label=role.replace("_", " ")) for role, colour in shown.items()]
+    roles = sorted(shown, key=[*_ROLES, *shown].index)
+    handles = [Patch(color=shown[role], label=_label(role)) for role in roles]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=SMALL, frameon=False)
     return figure
+
+
+def _label(role: str) -> str:
+    return {"operand_a": "operand A", "operand_b": "operand B"}.get(role, role.replace("_", " "))
 
 
 def _on(colour: str) -> str:

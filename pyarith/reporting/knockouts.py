@@ -186,7 +186,7 @@ def curve_record(found: KnockoutCurve, chosen: Chosen, alone: int) -> dict[str, 
         "rows": found.rows(),
         "sets": {name: [[str(one) for one in draw] for draw in arm.heads] for name, arm in found.arms.items()},
     }
-    if "kept" in found.arms:
+    if "kept" in found.arms and found.all_ablated[1] != found.clean_logit:  # else there is no scale
         areas = found.areas()
         record |= {"faithfulness": found.faithfulness(), "areas": {"cpr": areas.cpr, "cmd": areas.cmd}}
     return record

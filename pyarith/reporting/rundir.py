@@ -18,7 +18,7 @@ from pyarith.reporting.fingerprint import data_hash, model_fingerprint
 from pyarith.reporting.judgement import Judgement
 from pyarith.reporting.saved import FORMAT, RECORD
 from pyarith.reporting.tables import head_rows, mlp_rows, prompt_rows, write_csv
-from pyarith.reporting.versions import versions
+from pyarith.reporting.versions import versions as versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
