@@ -343,6 +343,22 @@ def test_out_of_memory_halves_and_goes_on(model: torch.nn.Module, monkeypatch: p
     assert halved.settings["plan"]["sets"] == 3 and seen[-1] == (72, 72)
     np.testing.assert_allclose(halved.logits, whole.logits, rtol=1e-5, atol=1e-5)
 
+    failed = []
+
+    def once(self: Any, clean: Any, chunk: Any, *rest: Any) -> torch.Tensor:
+        if not failed and chunk.first[0] == 1:  # the second chunk, when the first is done
+            failed.append(True)
+            raise torch.OutOfMemoryError("full")
+        return real(self, clean, chunk, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Carrier, "run", once)
+        patch.setattr(SweepPlanner, "plan", lambda self, budget: SweepPlan(6, 4, 1000))
+        seen.clear()
+        again = pa.ablation_sweep(model, **given(rows()), verify=0, progress=lambda *call: seen.append(call))
+    assert failed and max(seen) == (72, 72)
+    np.testing.assert_allclose(again.logits, whole.logits, rtol=1e-5, atol=1e-5)
+
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("full")
 
@@ -358,7 +374,7 @@ def test_out_of_memory_halves_and_goes_on(model: torch.nn.Module, monkeypatch: p
         pa.ablation_sweep(model, **given(rows()), positions="end", **QUIET)
 
 
-def test_layers_before_a_set_are_not_recomputed(model: torch.nn.Module) -> None:
+def test_layers_before_a_set_are_not_recomputed(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens through attention of each layer: the clean run, the identity, and only sets that began earlier."""
     ids = rows((6, 6, 6))
     pa.ablation_sweep(model, **given(ids, "none"), **QUIET)
@@ -377,6 +393,12 @@ def test_layers_before_a_set_are_not_recomputed(model: torch.nn.Module) -> None:
             pa.ablation_sweep(model, **given(ids, "none"), positions=where, **QUIET)
             clean = 18 + (3 if where == "end" else 0)  # END once more for the arguments of the blocks there
             assert counts == [clean + tokens * (1 + 4 * layer) for layer in range(3)]
+            # three chunks, each with an identity of its own from its first layer on
+            counts[:] = [0, 0, 0]
+            with monkeypatch.context() as patch:
+                patch.setattr(SweepPlanner, "plan", lambda self, budget: SweepPlan(3, 4, 1000))
+                pa.ablation_sweep(model, **given(ids, "none"), positions=where, **QUIET)
+            assert counts == [clean + tokens, clean + tokens * (5 + 1), clean + tokens * (5 + 5 + 1)]
     finally:
         for handle in handles:
             handle.remove()

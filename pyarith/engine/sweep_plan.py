@@ -15,6 +15,8 @@ from pyarith.models.sites import ModelSites
 
 # Tokens that go through a block at once: GEMMs are on their plateau, intermediates still in the cache.
 _MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Each chunk of sets carries an identity of its own; beyond this many sets it costs next to nothing.
+_MANY_SETS = 32
 _ENOUGH_BYTES = {"cuda": 16 * 2**30}
 
 
@@ -62,10 +64,12 @@ class SweepPlanner:
         work = variants * plan.prompts * pos
         used = work * (self.replay.bytes_per_work_row() + self._attention + row + self.longest * self._scores)
         used += 4 * plan.prompts * pos * row * (1 + sites.n_heads * sites.d_head // sites.d_model)
-        clean = tokens * (self._clean + (self.longest * self._scores if sites.attention == "eager" else 0))
+        clean = tokens * (self._clean + 2 * row + (self.longest * self._scores if sites.attention == "eager" else 0))
         # rotary tables and keys of the clean run; n_heads is the most that there can be of kv heads
         stored = plan.prompts * pos * row
         if self.end:
+            # the plain attention over the stored keys holds copies of one layer's in fp32
+            used += 4 * 4 * tokens * sites.n_heads * sites.d_head
             stored += 2 * tokens * sites.n_layers * sites.n_heads * sites.d_head * sites.dtype.itemsize
         return stored + max(carried + used, clean)
 
@@ -84,19 +88,23 @@ class SweepPlanner:
         # prompts enough to fill a block by themselves are enough
         plan = SweepPlan(min(n, max(1, tokens // self.longest)), len(self.sets), tokens)
         while self.bytes(plan) > budget:
-            options = [
-                replace(plan, prompts=max(1, plan.prompts // 2)),
-                replace(plan, sets=max(1, plan.sets * 3 // 4)),
-                replace(plan, tokens=max(1, plan.tokens // 2)),
-            ]
-            options = [option for option in options if self.bytes(option) < self.bytes(plan)]
-            if not options:
+            smaller = next((option for option in self._smaller(plan) if self.bytes(option) < self.bytes(plan)), None)
+            if smaller is None:
                 raise MemoryBudgetError(
                     f"memory_budget: expected at least {self.bytes(plan)} bytes (one set and one prompt of "
                     f"{self.longest} tokens), got {budget}; raise the budget or shorten the prompts"
                 )
-            plan = min(options, key=self.bytes)
+            plan = smaller
         return replace(plan, prompts=-(-n // -(-n // plan.prompts)))
+
+    def _smaller(self, plan: SweepPlan) -> list[SweepPlan]:
+        """Plans that may need less, the one that costs least time first."""
+        carried = (1 + plan.sets) * plan.prompts * (1 if self.end else self.longest)
+        fewer_sets = replace(plan, sets=max(1, plan.sets * 3 // 4))
+        options = [replace(plan, prompts=max(1, plan.prompts // 2)), replace(plan, tokens=max(1, plan.tokens // 2))]
+        # many sets that fill several calls of a block lose little when they are carried in two parts
+        cheap = carried > 4 * plan.tokens and plan.sets > _MANY_SETS
+        return [fewer_sets, *options] if cheap else [*options, fewer_sets]
 
     def forecast(self, plan: SweepPlan) -> Forecast:
         """FLOP of the matrix products, peak bytes, and seconds at the measured GEMM rate."""
