@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pyarith.errors import InputError
-from pyarith.plots import effects_figure, effects_panels
+from pyarith.plots import attention_figure, cosines_figure, effects_figure, effects_panels, knockout_figure
 
 
 def effects(layers=6, heads=8, seed=0):
@@ -156,3 +157,117 @@ assert "matplotlib.pyplot" not in sys.modules, "pyplot was imported"
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# knock-out curves, attention, cosines
+
+
+def some_curve(draws=3, ks=(1, 5, 10)):
+    rng = np.random.default_rng(0)
+
+    def arm(n, low):
+        return SimpleNamespace(accuracy=rng.uniform(low, low + 0.2, (n, len(ks))))
+
+    arms = {"key": arm(1, 0.2), "random": arm(draws, 0.8), "same_layer": arm(draws, 0.5), "bottom": arm(1, 0.8)}
+    return SimpleNamespace(ks=np.array(ks), arms=arms, n_prompts=40, all_ablated=(0.1, 0.0))
+
+
+def some_mass(heads=("2.7", "3.3")):
+    roles = ("operand_a", "operand_b", "operator", "first", "special", "other")
+    mean = np.tile([0.5, 0.2, 0.1, 0.1, 0.0, 0.1], (len(heads), 1))
+    return SimpleNamespace(heads=heads, roles=roles, mean=mean)
+
+
+def some_cosines(layers=6, points=(2, 3, 5)):
+    curves = {
+        name: np.linspace(0, top, layers) for name, top in (("operand_a", 0.1), ("operand_b", 0.2), ("answer", 0.6))
+    }
+    return SimpleNamespace(mean=curves, spread={name: 0.1 + 0 * one for name, one in curves.items()}, points=points)
+
+
+def no_text_outside_or_on_text(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    inside = figure.bbox.padded(2)
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        if axes.get_visible():
+            texts += [axes._left_title, axes.xaxis.label, axes.yaxis.label]
+    texts += [figure._suptitle] * (figure._suptitle is not None)
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    for number, (text, box) in enumerate(boxes):
+        assert inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1), text
+        for other, beside in boxes[:number]:
+            assert not box.overlaps(beside), (text, other)
+
+
+def test_knockout_curves_show_the_mean_and_a_band_from_worst_to_best_draw():
+    curve = some_curve()
+    figure = knockout_figure({"addition +": curve}, title="t")
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    key, random = lines["top k: key heads"], lines["random heads (mean and range of 3 draws)"]
+    np.testing.assert_allclose(key.get_ydata(), 100 * curve.arms["key"].accuracy[0])
+    np.testing.assert_allclose(random.get_ydata(), 100 * curve.arms["random"].accuracy.mean(0))
+    assert lines["all heads ablated"].get_ydata()[0] == 10
+    assert len(axes.collections) == 2, "bands for the two controls with draws"
+    band = axes.collections[1].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(100 * curve.arms["random"].accuracy.min())
+    assert band.max() == pytest.approx(100 * curve.arms["random"].accuracy.max())
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "5", "10"]
+
+
+def test_attention_bars_add_up_and_keep_their_colours():
+    figure = attention_figure({"a": some_mass(), "b": some_mass(("12.22",))})
+    first, second = figure.axes
+    widths = np.array([bar.get_width() for bar in first.patches]).reshape(-1, 2)
+    np.testing.assert_allclose(widths.sum(0), 100)
+    assert [label.get_text() for label in second.get_yticklabels()] == ["12.22"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "operand A",
+        "operand B",
+        "operator",
+        "first",
+        "other",
+    ]  # "special" gets nothing
+    assert first.patches[0].get_facecolor() == second.patches[0].get_facecolor()
+
+
+def test_cosines_mark_the_three_points():
+    found = some_cosines()
+    axes = cosines_figure({"addition +": found, "flat": some_cosines(points=None)}).axes
+    answer = next(line for line in axes[0].lines if "answer" in line.get_label())
+    np.testing.assert_allclose(answer.get_ydata(), found.mean["answer"])
+    assert [line.get_xdata()[0] for line in axes[0].lines if line.get_linestyle() == ":"] == [2, 3, 5]
+    assert "start 2, inflection 3, end 5" in axes[0].get_title(loc="left") and "flat" in axes[1].get_title(loc="left")
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3, 4])
+def test_new_pictures_have_no_text_on_text(panels):
+    names = ["addition +", "subtraction -", "multiplication *", "division /"][:panels]
+    no_text_outside_or_on_text(knockout_figure({name: some_curve(10) for name in names}, title="a model: knock-out"))
+    no_text_outside_or_on_text(attention_figure({name: some_mass() for name in names}, title="a model: attention"))
+    points = (113, 118, 128)
+    no_text_outside_or_on_text(cosines_figure({name: some_cosines(130, points) for name in names}, title="a model"))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: knockout_figure({}), "curves: expected at least one"),
+        (
+            lambda: knockout_figure({"x": SimpleNamespace(**vars(some_curve()) | {"ks": [1]})}),
+            r"expected accuracy \[draw, 1\]",
+        ),
+        (lambda: attention_figure({}), "masses: expected at least one"),
+        (
+            lambda: attention_figure({"x": SimpleNamespace(**vars(some_mass()) | {"heads": ("1.1",)})}),
+            r"shape \(1, 6\)",
+        ),
+        (lambda: cosines_figure({}), "cosines: expected at least one"),
+    ],
+)
+def test_new_pictures_refuse_wrong_input(call, words):
+    with pytest.raises(InputError, match=words):
+        call()

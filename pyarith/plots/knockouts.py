@@ -73,7 +73,7 @@ def knockout_figure(curves: Mapping[str, Curve], title: str = "") -> Figure:
     for axes in panels[len(curves) :]:
         axes.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 + columns, fontsize=SMALL, frameon=False)
     return figure
 
 
