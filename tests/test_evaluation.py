@@ -18,6 +18,7 @@ from pyarith.errors import InputError, InputTypeError, NotAvailableError
 from pyarith.evaluation import Items, accuracy, extract_number, extract_text, generate, is_match, load_items, numbers
 from pyarith.evaluation.answers import kind_of
 from pyarith.evaluation.generate import _repair
+from pyarith.tasks.further import _different
 
 HEADS = [(2, 7), (3, 3)]
 
@@ -272,6 +273,19 @@ def test_stops_are_cut_off_and_the_models_own_settings_do_not_count(demo):
         vars(model.generation_config).update(kept)
 
 
+def test_a_stop_text_ends_its_own_row_only(demo):
+    model, tokenizer = demo
+    prompts = ["Copy: open up good ->", "Copy: good fast brown ->"]
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        assert generate(model, tokenizer, prompts, max_new_tokens=9, stop=["up", "brown"]) == ["open", "good fast"]
+        assert len(calls) == 3  # not the nine that were allowed, nor the four up to the end of the text
+        assert generate(model, tokenizer, prompts[:1], max_new_tokens=2, stop=["brown"]) == ["open up"]
+    finally:
+        handle.remove()
+
+
 def test_a_tokenizer_that_spaces_numbers_is_repaired_and_another_is_not(demo):
     repair = _repair(demo[1])
     assert repair("0. 7 of 1, 234") == "0.7 of 1,234" and repair("- 3") == "-3" and repair("5 - 3") == "5 - 3"
@@ -344,8 +358,8 @@ def test_problems_are_different_repeatable_and_pair_up(demo, task):
         return
     pairs = pa.tasks.problem_pairs(tokenizer, task, 10_000 if task == "capital" else 16, fewer=True)
     assert len(pairs) == (40 if task == "capital" else 16) == len(set(pairs.prompts))
-    answers = dict(zip(pairs.prompts, pairs.answer_texts, strict=True))
-    assert all(answers.get(c, "") != a for c, a in zip(pairs.corrupted_prompts, pairs.answer_texts, strict=True))
+    answers = {one.prompt: one.answer for one in _different(task, 400, 0)}
+    assert all(answers[c] != a for c, a in zip(pairs.corrupted_prompts, pairs.answer_texts, strict=True))
     assert ("pair" in pairs.strata) == (len(set(pairs.strata["template"])) >= 5)
 
 

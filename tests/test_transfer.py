@@ -116,7 +116,7 @@ def test_clusters_have_five_values_or_are_left_out(tasks):
     assert clusters_of(plain).sizes == {"item": 6}
 
 
-def test_a_task_that_is_never_right_says_so(demo):
+def test_a_task_that_is_never_right_says_so(demo, tmp_path):
     model, tokenizer = demo
     wrong = {"wrong": [("2 + 3 =", "77"), ("1 + 1 =", "78")]}
     found = transfer(model, tokenizer, wrong, KEY, **FAST)
@@ -124,6 +124,9 @@ def test_a_task_that_is_never_right_says_so(demo):
     assert math.isnan(cell.relative_drop) and math.isnan(cell.relative_drop_correct) and math.isnan(cell.p)
     assert cell.p_mcnemar == 1 and found.never_right == ("wrong",) and "never right" in repr(found)
     assert cell.method == "too few items for an interval"
+    found.save(tmp_path / "r.json")
+    again = TransferResult.load(tmp_path / "r.json").cell("wrong", "heads")
+    assert math.isnan(again.relative_drop) and math.isnan(again.controls["random"].relative_drop[0])
 
 
 def test_result_as_rows_and_file(result, tmp_path):

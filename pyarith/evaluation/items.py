@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -268,7 +269,7 @@ def _from_hub(name: str, split: str, subset: str | None) -> Iterable[Any]:
     check(bool(name), "source: expected a path or the name of a data set, got an empty text")
     endings = ", ".join(_SUFFIXES)
     try:
-        import datasets
+        datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise NotAvailableError(
             f"source: {name!r} does not end in {endings}, and data sets by name need the package datasets; "
