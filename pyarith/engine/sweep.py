@@ -19,7 +19,7 @@ from pyarith.engine import oracle
 from pyarith.engine.baselines import Baseline, ZeroAblation
 from pyarith.engine.batch import Batch, _ids
 from pyarith.engine.clock import mark, seconds
-from pyarith.engine.guard import Hooks, untouched
+from pyarith.engine.guard import untouched
 from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.planner import parse_bytes
 from pyarith.engine.readout import Readout, split
@@ -29,6 +29,7 @@ from pyarith.engine.sweep_end import SharedPrefix, shared_prefix
 from pyarith.engine.sweep_inputs import Clean, prepare_all, prepare_end
 from pyarith.engine.sweep_layers import Carrier, Chunk, Values, make_chunks
 from pyarith.engine.sweep_plan import SweepPlan, SweepPlanner
+from pyarith.engine.sweep_verify import verify as verify_literally
 from pyarith.errors import BackendError, InputTypeError, NonFiniteError, SelfCheckError, check
 from pyarith.models.sites import ModelSites, resolve
 from pyarith.ops._registry import NAMES as BACKENDS
@@ -42,7 +43,6 @@ _SEMANTICS = {
 }
 _OPS = ("add_norm", "gated_act", "answer_logits", "head_write_rows")
 _OWN_OPS = ("ablate_heads", "shared_prefix_attention")
-_VERIFY_PROMPTS = 2
 _VOCAB_ROWS = 256  # rows whose logits over the whole vocabulary exist at a time
 
 
@@ -249,7 +249,17 @@ def _sweep(
     verified = None
     if options.verify:
         start = time.perf_counter()
-        verified = _verify(sites, prompts, sets, collector.arrays, options)
+        verified = verify_literally(
+            sites,
+            prompts.ids,
+            prompts.lengths,
+            prompts.targets[:, 0],
+            sets,
+            collector.arrays,
+            options.baseline,
+            options.end,
+            options.verify,
+        )
         timings["verify"] = time.perf_counter() - start
     return collector.arrays, verified, record
 
@@ -372,74 +382,6 @@ class _Collector:
             logits = hidden[a:b] @ unembed.matrix
             found[a:b] = (logits if unembed.bias is None else logits + unembed.bias).argmax(-1)
         return found
-
-
-# literal re-runs
-
-
-def literal(
-    sites: ModelSites, ids: Tensor, target: int, ablation: Ablation, baseline: Baseline, prompt: int, end: bool
-) -> float:
-    """Logit of ``target`` after one unpadded prompt [pos], in one forward pass with the set's sites overwritten."""
-    at = slice(-1, None) if end else slice(None)
-    pos = len(ids)
-
-    def value(values: Tensor | None) -> Any:
-        if values is None:
-            return 0.0
-        values = values[prompt if len(values) > 1 else 0]
-        return values if len(values) == 1 else values[:pos][at]
-
-    def heads_of(layer: int) -> Callable[[Tensor], Tensor]:
-        def call(x: Tensor) -> Tensor:
-            z = x.clone().unflatten(-1, (sites.n_heads, sites.d_head))
-            new = value(baseline.head_values(sites, layer))
-            for head in (h.head for h in ablation.heads if h.layer == layer):
-                z[0, at, head] = new[:, head] if isinstance(new, Tensor) else new
-            return z.flatten(-2)
-
-        return call
-
-    def mlp_of(layer: int) -> Callable[[Tensor], Tensor]:
-        def call(x: Tensor) -> Tensor:
-            x = x.clone()
-            x[0, at] = value(baseline.mlp_values(sites, layer))
-            return x
-
-        return call
-
-    with Hooks() as hooks:
-        for layer in sorted({head.layer for head in ablation.heads}):
-            hooks.before(sites.blocks[layer].o_proj, heads_of(layer))
-        for layer in ablation.mlps:
-            hooks.after(sites.blocks[layer].mlp_write, mlp_of(layer))
-        return float(oracle._forward(sites, ids)[target])
-
-
-def _verify(
-    sites: ModelSites, prompts: _Prompts, sets: tuple[Ablation, ...], arrays: dict[str, Any], options: _Options
-) -> float:
-    """Literal re-runs of the strongest sets on at most two prompts.
-
-    Raises:
-        SelfCheckError: sweep and literal re-run disagree beyond rounding.
-    """
-    change = np.abs(arrays["logits"] - arrays["identity_logits"]).mean(-1)
-    floor = float(np.abs(arrays["identity_logits"] - arrays["clean_logits"]).max())
-    worst = 0.0
-    for number in np.argsort(-change, kind="stable")[: options.verify].tolist():
-        for i in range(min(_VERIFY_PROMPTS, len(prompts.ids))):
-            ids, target = prompts.ids[i, : int(prompts.lengths[i])], int(prompts.targets[i, 0])
-            found = literal(sites, ids, target, sets[number], options.baseline, i, options.end)
-            swept = float(arrays["logits"][number, i])
-            worst = max(worst, abs(found - swept))
-            allowed = oracle.tolerance(sites, max(abs(found), 1.0)) + 4 * floor
-            if not abs(found - swept) <= allowed:
-                raise SelfCheckError(
-                    f"verification: family {sites.spec.name!r}, set {sets[number]}, prompt {i}: a literal re-run gives "
-                    f"logit {found:.6g}, the sweep {swept:.6g} (tolerance {allowed:.2g}); no result is given"
-                )
-    return worst
 
 
 class _Bar:
