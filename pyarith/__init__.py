@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pyarith.ablation_result import Ablation as Ablation
     from pyarith.ablation_result import AblationSweep as AblationSweep
     from pyarith.demo import load_demo as load_demo
-    from pyarith.discovery import discover as discover
     from pyarith.discovery import fast_patch as fast_patch
     from pyarith.discovery import knockout_curve as knockout_curve
+    from pyarith.discovery.discover import discover as discover
     from pyarith.engine.ablation import ablated as ablated
     from pyarith.engine.baselines import MeanAblation as MeanAblation
     from pyarith.engine.baselines import ResampleAblation as ResampleAblation

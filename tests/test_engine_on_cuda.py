@@ -123,7 +123,7 @@ def replayed(name: str, prompts: int, log_probs: bool = False) -> tuple[Recorded
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("log_probs", (False, True))
 def test_the_replay_of_a_7b_model_never_waits_and_fits_its_plan(name, log_probs, as_on_a_gpu):
-    recorded, planner, plan, replay = replayed(name, 100, log_probs)
+    recorded, planner, plan, _ = replayed(name, 100, log_probs)
     assert [n for n in recorded.names if n in WAITS] == []
     assert "add_norm" in recorded.names and "gated_act" in recorded.names
     assert planner.bytes(plan) <= 4 * 2**30

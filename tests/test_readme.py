@@ -69,7 +69,7 @@ def test_commands_and_options_exist():
 
     from pyarith.cli import app
 
-    for line in blocks("sh")[2:]:
+    for line in "".join(blocks("sh")[2:]).splitlines():
         _, command, *rest = line.split()
         done = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         assert done.exit_code == 0
