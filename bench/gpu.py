@@ -2,9 +2,9 @@
 
     python bench/gpu.py [--quick] [--minutes 8] [--seed N] [--out FILE]
 
-Needs torch, transformers, numpy and safetensors, to build also nvcc, cmake, ninja and pybind11; no network. Rows go to
-bench/results/<GPU>.jsonl as they are measured, so it can be ended at any time. Exit status: 0 all well, 1 something
-failed or was not checked, 2 no GPU, 128 + the signal's number when ended by one.
+Needs torch, transformers, numpy, safetensors and pytest, to build also nvcc, cmake, ninja and pybind11; no network.
+Rows go to bench/results/<GPU>.jsonl as they are measured, so it can be ended at any time. Exit status: 0 all well, 1
+something failed or was not checked, 2 no GPU, 128 + the signal's number when ended by one.
 
 `--rehearse` runs the same code at tiny sizes on the CPU: it shows that the command works and says nothing about speed.
 
@@ -136,7 +136,7 @@ def _end(process: multiprocessing.Process) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.join()
+    process.join(EXIT_SECONDS)  # a process that is stuck inside the driver does not end even when killed
 
 
 def no_gpu() -> str:

@@ -50,7 +50,8 @@ def problems(op: str, tiny: bool) -> Iterator[Build]:
             yield partial(answer_logits, variant=2, batch=3, k=1, d_model=127, kind=kind, extras=False)
             yield partial(answer_logits, variant=7, batch=15, k=2, d_model=wide, kind=kind)
     elif op == "head_write_rows":
-        yield partial(head_write_rows, batch=1, head=1, d_head=1, d_model=1)
+        # without base: where it nearly cancels a single product, an error relative to the result says nothing
+        yield partial(head_write_rows, batch=1, head=1, d_head=1, d_model=1, base=False)
         yield partial(head_write_rows, batch=3, head=5, d_head=7, d_model=17, linear=False)
         yield partial(head_write_rows, batch=15, head=4, d_head=80, d_model=wide, base=False)
         yield partial(head_write_rows, batch=50, head=wide // 128, d_head=128, d_model=wide)

@@ -23,7 +23,7 @@ from workloads import Workload, all_senders, build_inputs, sample_senders
 
 REPETITIONS = 3
 CHECKED_PROMPTS = 4
-LOUD = 0.5  # largest noise floor over the heads' effects: no effect at all is an error of 1, another head's of 1.4
+LOUD = 0.9  # largest noise floor over the heads' effects, and largest error: no effect at all is an error of 1
 HEADS_PER_FORWARD = (1, 2, 4, 8)
 NEEDED = ("fast_patch llama auto bfloat16",)
 BUDGETS = ("512MiB", "1GiB", "2GiB", "4GiB", "8GiB")
@@ -196,14 +196,15 @@ class Effects:
     def check(self, work: Grouped, found: torch.Tensor, floor: float) -> Check:
         """Rms error of heads and of MLPs, the one that comes closer to its bound, relative to the heads' rms effect.
 
-        An effect may be off by two noise floors, and by rounding in proportion to its own size.
+        The rms error may be the noise floor (a largest value over prompts and layers, so several times its rms), and
+        rounding in proportion to the effect's own size.
         """
         scale, eps = rms(self.heads), torch.finfo(torch.bfloat16).eps
         parts = zip((self.heads, self.mlps), found.split([len(self.heads), len(self.mlps)]), strict=True)
-        checks = [
-            Check("literal hooks in fp32", rms(value - expected) / scale, (2 * floor + eps * rms(expected)) / scale)
-            for expected, value in parts
-        ]
+        checks = []
+        for expected, value in parts:
+            bound = min(LOUD, (floor + eps * rms(expected)) / scale)
+            checks.append(Check("literal hooks in fp32", rms(value - expected) / scale, bound))
         return max(checks, key=lambda c: c.error / c.bound).require(work.name)
 
 

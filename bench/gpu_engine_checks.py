@@ -175,7 +175,7 @@ def little_memory(bench: Bench) -> Iterator[None]:
             run.capture = real
         return
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(bench.device).total_memory
+    total = torch.cuda.mem_get_info(bench.device)[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(bench.device) + 96 * 2**20) / total)
     try:
         yield
