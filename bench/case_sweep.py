@@ -6,14 +6,13 @@ positions, or END alone), of the last layer's MLP END alone. Attention scores, n
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from baselines import Sender, available_peers
 from baselines_ablation import ABLATIONS, LiteralAblation
-from floor import REPLAY_BLOCK, Floor
+from floor import Floor
 from harness import Check, Record, Row, Timing, relative_error, time_rounds
 from workloads import Workload, build_inputs, build_model, sample_senders
 
@@ -21,6 +20,7 @@ LOGIT_BOUND = 5e-6  # fp32: largest difference over the largest logit
 POSITIONS = ("all", "end")
 HEADS_PER_FORWARD = (1, 2, 4, 8, 16)
 CHECKED_A_LAYER = 2
+FLOOR_BLOCKS = (1024, 2048)  # rows of a product at a time; the faster one is the floor
 
 
 class SweepFloor(Floor):
@@ -40,18 +40,18 @@ class SweepFloor(Floor):
         d = self.workload.d_model
         return sum(attention * 8 * d**2 + mlp * self.workload.mlp_flop for attention, mlp in self.rows(positions))
 
-    def sweep(self, positions: str) -> None:
+    def sweep(self, positions: str, block: int = FLOOR_BLOCKS[0]) -> None:
         for (attention, mlp), (attention_rows, mlp_rows) in zip(self._layers, self.rows(positions), strict=True):
-            for rows in _blocks(attention_rows):
+            for rows in _blocks(attention_rows, block):
                 self._attention(attention, rows)
-            for rows in _blocks(mlp_rows):
+            for rows in _blocks(mlp_rows, block):
                 self._mlp(mlp, rows)
 
 
-def _blocks(rows: int) -> Iterator[int]:
+def _blocks(rows: int, block: int) -> Iterator[int]:
     while rows > 0:
-        yield min(rows, REPLAY_BLOCK)
-        rows -= REPLAY_BLOCK
+        yield min(rows, block)
+        rows -= block
 
 
 class SweepCase:
@@ -113,7 +113,11 @@ def run(record: Record, workload: Workload, rounds: int, peers: bool = True) -> 
     }
     calls: dict[str, Callable[[], object]] = {
         **{f"sweep {where}": lambda where=where: case.sweep(where) for where in POSITIONS},
-        **{f"floor {where}": lambda where=where: case.floor.sweep(where) for where in POSITIONS},
+        **{
+            f"floor {where} {block}": lambda where=where, block=block: case.floor.sweep(where, block)
+            for where in POSITIONS
+            for block in FLOOR_BLOCKS
+        },
     }
     tried: dict[str, dict[int, float]] = {}
     n_timed: dict[str, int] = {}
@@ -149,13 +153,18 @@ def _write(
         row = Row(f"sweep_{where}", name, check=checks[key], seconds=timing, extra=extra, **common)
         record.write(row)
     for where in POSITIONS:
-        floor = Timing.of(samples[f"floor {where}"])
+        floors = {block: Timing.of(samples[f"floor {where} {block}"]) for block in FLOOR_BLOCKS}
+        block = min(floors, key=lambda rows: floors[rows].median)
+        floor, own = floors[block], floors[block].median
         flop = float(case.floor.flop(where))
-        extra = {"flop_per_s": flop / floor.median, "flop_bound": n_heads * work.batch * work.forward_flop / flop}
+        extra = {
+            "rows_a_product": block,
+            "flop_per_s": flop / floor.median,
+            "flop_bound": n_heads * work.batch * work.forward_flop / flop,
+        }
         name = f"sweep_{where}"
         record.write(Row(name, "floor", check=case.floor.check(), seconds=floor, flop=flop, extra=extra, **common))
         timing = Timing.of(samples[f"sweep {where}"])
-        own = statistics.median(samples[f"floor {where}"])
         extra = {
             "over_floor": timing.median / own,
             **{f"speedup_over_{other}": median / timing.median for other, median in medians[where].items()},

@@ -14,7 +14,7 @@ from pyarith.errors import MemoryBudgetError
 from pyarith.models.sites import ModelSites
 
 # Tokens that go through a block at once: GEMMs are on their plateau, intermediates still in the cache.
-_MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
+_MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Each chunk of sets carries an identity of its own; beyond this many sets it costs next to nothing.
 _MANY_SETS = 32
 _ENOUGH_BYTES = {"cuda": 16 * 2**30}
