@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyarith.engine.sweep import ablation_sweep as ablation_sweep
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
+    from pyarith.tuning import SelectiveTuner as SelectiveTuner
     from pyarith.types import Head as Head
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _PUBLIC = {
     "MeanAblation": "pyarith.engine.baselines",
     "ResampleAblation": "pyarith.engine.baselines",
     "boost": "pyarith.engine.boost",
+    "SelectiveTuner": "pyarith.tuning",
     "load_demo": "pyarith.demo",
     "tasks": None,
     "analysis": None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyarith.errors import check
-from pyarith.models.spec import FamilySpec, MlpSpec
+from pyarith.models.spec import FamilySpec, MlpSpec, QkvSpec
 
 
 def _gated(class_name: str, act: str = "act_fn") -> MlpSpec:
@@ -72,6 +72,7 @@ for _spec in (
         model_class="Phi3ForCausalLM",
         norm="rms",
         norm_class="Phi3RMSNorm",
+        qkv=QkvSpec(qkv="self_attn.qkv_proj"),
         mlp_spec=MlpSpec(class_name="Phi3MLP", gate_up="gate_up_proj", down="down_proj", act="activation_fn"),
     ),
     FamilySpec(
@@ -81,6 +82,7 @@ for _spec in (
         blocks="h",
         final_norm="ln_f",
         o_proj="attn.c_proj",
+        qkv=QkvSpec(qkv="attn.c_attn"),
         mlp_norm="ln_2",
         norm="layer",
         norm_class="LayerNorm",
@@ -94,6 +96,7 @@ for _spec in (
         decoder="gpt_neox",
         final_norm="final_layer_norm",
         o_proj="attention.dense",
+        qkv=QkvSpec(qkv="attention.query_key_value", order="per_head"),
         norm="layer",
         norm_class="LayerNorm",
         mlp_spec=MlpSpec(class_name="GPTNeoXMLP", up="dense_h_to_4h", down="dense_4h_to_h", act="act"),

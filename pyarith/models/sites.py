@@ -15,6 +15,8 @@ from pyarith.errors import InputTypeError, UnsupportedModelError, check
 from pyarith.models.families import FAMILIES
 from pyarith.models.spec import FamilySpec
 
+SLICES = "pyarith_slices"  # the module by which an attached SelectiveTuner keeps its slices in a model
+
 
 @dataclass(frozen=True)
 class BlockSites:
@@ -55,6 +57,7 @@ class ModelSites:
     parallel: bool
     softcap: float
     n_heads: int
+    n_kv_heads: int
     d_head: int
     d_model: int
     d_vocab: int
@@ -74,6 +77,26 @@ class ModelSites:
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.n_heads // self.n_kv_heads
+
+    def qkv_rows(self, part: str, head: int) -> tuple[str, int]:
+        """Where the d_head rows of W_Q, W_K or W_V of one head begin: (path of the projection in a block, first row).
+
+        Args:
+            part: "q", "k" or "v".
+            head: a query head for "q", a kv head for "k" and "v".
+        """
+        spec = self.spec.qkv
+        if spec.qkv is None:
+            return {"q": spec.q, "k": spec.k, "v": spec.v}[part], head * self.d_head
+        if spec.order == "per_head":
+            return spec.qkv, (3 * head + "qkv".index(part)) * self.d_head
+        before = {"q": 0, "k": self.n_heads, "v": self.n_heads + self.n_kv_heads}[part]
+        return spec.qkv, (before + head) * self.d_head
 
     @property
     def row_dtype(self) -> torch.dtype:
@@ -146,7 +169,9 @@ def resolve(model: Any) -> ModelSites:
 
 
 def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    devices = {p.device for p in model.parameters()}
+    # the slices of an attached tuner are no weights of the model
+    weights = [p for name, p in model.named_parameters() if not name.startswith(f"{SLICES}.")]
+    devices = {p.device for p in weights}
     if any(d.type == "meta" for d in devices):
         raise UnsupportedModelError("model: weights are on the meta device (no data); load them onto cpu or cuda first")
     mapped = set(getattr(model, "hf_device_map", {}).values())
@@ -156,7 +181,7 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
             f"model: one device expected, found {found}; models spread over devices are not supported yet, "
             "load without device_map"
         )
-    dtypes = {p.dtype for p in model.parameters()}
+    dtypes = {p.dtype for p in weights}
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         raise UnsupportedModelError(
             f"model: one floating-point dtype expected in all weights, found {sorted(map(str, dtypes))}; "
@@ -223,6 +248,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         parallel=bool(parallel),
         softcap=float((getattr(config, spec.softcap) if spec.softcap else None) or 0.0),
         n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         d_head=d_head,
         d_model=config.hidden_size,
         d_vocab=unembed_weight.shape[0],

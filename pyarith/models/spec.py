@@ -29,6 +29,23 @@ class MlpSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QkvSpec:
+    """Where a family's attention keeps the rows of W_Q, W_K and W_V.
+
+    Three projections ``q``, ``k``, ``v``, or one, ``qkv``, whose output features are ordered
+
+    "blocks":   q of all heads, then k, then v of all kv heads
+    "per_head": q, k, v of the first head, then of the next (as many kv heads as heads)
+    """
+
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    qkv: str | None = None
+    order: str = "blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """One family of Hugging Face causal language models.
 
@@ -44,6 +61,7 @@ class FamilySpec:
         model_class: name of the causal-LM class.
         decoder, final_norm, blocks, unembed: paths from the model; ``final_norm`` and ``blocks`` from the decoder.
         o_proj: the attention output projection, whose *input* is every head's z.
+        qkv: the projections of queries, keys and values.
         mlp_norm, mlp: norm before the MLP, and the MLP.
         attn_post_norm, mlp_post_norm: norms after attention and MLP, or None.
         norm: "rms" (x * w), "rms1p" (x * (1 + w)) or "layer".
@@ -62,6 +80,7 @@ class FamilySpec:
     final_norm: str = "norm"
     unembed: str = "lm_head"
     o_proj: str = "self_attn.o_proj"
+    qkv: QkvSpec = QkvSpec()
     mlp_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
     attn_post_norm: str | None = None

@@ -92,14 +92,21 @@ def read_norm(sites: ModelSites, norm: Any) -> NormWeights | None:
     return NormWeights(sites.spec.norm, norm.weight, getattr(norm, "bias", None), norm.eps if eps is None else eps)
 
 
+def takes_in_first(module: nn.Module) -> bool:
+    """Whether a projection keeps its weight as [in, out], as Conv1D does; nn.Linear keeps [out, in]."""
+    return _from_library(module, "Conv1D")  # by name: importing transformers' class would cost start-up time
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear and Conv1D themselves, with their class's own forward; hooks around it do not matter."""
+    known = type(module) is nn.Linear or takes_in_first(module)
+    return known and "forward" not in vars(module) and not hasattr(module, "parametrizations")
+
+
 def read_projection(module: Any) -> Projection | None:
-    if not is_plain(module):
+    if not (is_plain(module) and is_linear(module)):
         return None
-    if type(module) is nn.Linear:
-        return Projection(module.weight.t(), module.bias)
-    if _from_library(module, "Conv1D"):  # by name: importing transformers' class would cost start-up time
-        return Projection(module.weight, module.bias)
-    return None
+    return Projection(module.weight if takes_in_first(module) else module.weight.t(), module.bias)
 
 
 def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
@@ -126,7 +133,7 @@ def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     if projection is None:
         raise UnsupportedModelError(
             f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D "
-            f"without hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks or "
-            "merge the adapter first"
+            f"without hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks, merge the adapter or "
+            "detach the SelectiveTuner first"
         )
     return projection.matrix.unflatten(0, (sites.n_heads, sites.d_head))

@@ -1,0 +1,285 @@
+"""``SelectiveTuner``: chosen heads and MLPs of a model made trainable, as compact slices of its weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from pyarith.engine.ablation import check_targets
+from pyarith.errors import InputError, UnsupportedModelError, check
+from pyarith.models.sites import SLICES, resolve
+from pyarith.models.weights import takes_in_first
+from pyarith.tuning.linear import SlicedLinear, project
+from pyarith.tuning.slices import Slice, head_slices, mlp_slices
+from pyarith.types import Head
+
+if TYPE_CHECKING:
+    from pyarith.tuning.optimizer import SliceAdamW
+
+
+class SelectiveTuner:
+    """Train only chosen heads and MLPs of a model; every other parameter keeps its bits.
+
+    Trainable are, for head (l, h) with d_head rows or columns each,
+
+        W_Q[l][h, :] and its bias rows;  W_O[l][:, h];  with kv="group" W_K[l][g, :], W_V[l][g, :] and bias rows,
+        g = h // (n_heads / n_kv_heads)
+
+    and for an MLP layer all of its parameters. The bias of W_O and the norms of queries and keys are never trained.
+    The slices are compact leaf parameters (fp32 beside 16-bit weights, else in the weights' dtype); the model runs on
+    its own weights, into which new values are written after every step of any torch optimizer over ``parameters()``
+    (see ``sync``). Gradients, and with ``optimizer`` its state, exist for the slices only; nothing is recorded for the
+    backward pass below ``first_layer``.
+
+    While attached, the slices are registered in the model as ``pyarith_slices``, so that ``model.parameters()`` with
+    ``requires_grad`` are exactly the slices (the Hugging Face ``Trainer``, ``accelerate``, gradient clipping and DDP
+    find them there) and the state dict is what it was. Ends with the ``with`` block or ``detach()``: the model is then
+    an ordinary model that holds the new values.
+
+    Args:
+        model: a supported Hugging Face causal LM; its forward gives what it gave.
+        heads: ``(layer, head)`` tuples.
+        mlps: layers whose whole MLP is trained.
+        kv: "group" trains the key and value rows that a chosen head reads, which the other query heads of its group
+            read too (``shared_heads``); "none" leaves keys and values as they are.
+
+    Raises:
+        InputError, InputTypeError: nothing chosen; targets that the model does not have or that stand twice (all named
+            in one message); ``kv``; a model that has a tuner attached.
+        UnsupportedModelError: the model is not supported, or a projection is no plain linear one.
+
+    References: Zhang et al. 2024, arXiv:2409.01659, sec. 5 (Precise SFT).
+
+    Examples:
+        >>> import pyarith as pa, torch
+        >>> model, tokenizer = pa.load_demo()
+        >>> ids = tokenizer("8 / 4 = 2", return_tensors="pt")["input_ids"]
+        >>> with pa.SelectiveTuner(model, heads=[(2, 7), (3, 1)]) as tuner:
+        ...     optimizer = tuner.optimizer(lr=1e-3)
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step()
+        >>> tuner.n_parameters
+        32768
+    """
+
+    def __init__(
+        self, model: Any, heads: Iterable[tuple[int, int]], mlps: Iterable[int] = (), kv: str = "group"
+    ) -> None:
+        check(
+            not hasattr(model, SLICES),
+            "model: a SelectiveTuner is attached already; end it with .detach() or its with block, or give all heads "
+            "to one",
+        )
+        self._sites = resolve(model)
+        self.heads, self.mlps = check_targets(self._sites, heads, mlps)
+        self.kv = kv
+        self.slices: tuple[Slice, ...] = (
+            *head_slices(self._sites, self.heads, kv),
+            *mlp_slices(self._sites, self.mlps),
+        )
+        owners = [id(one.weight) for one in self.slices]
+        tied = [one.name for one in self.slices if owners.count(id(one.weight)) > 1]
+        if tied:
+            raise UnsupportedModelError(f"heads, mlps: layers share weights, so none can be trained alone: {tied[:4]}")
+        self._store = _Slices(self.slices, self._sites.row_dtype)
+        self._written = [value._version for value in self._store.values]
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._attach(model)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._sites.model
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still trains these slices."""
+        return getattr(self.model, SLICES, None) is self._store
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer with a trained slice; the layers below run as in inference."""
+        return min(one.layer for one in self.slices)
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(value.numel() for value in self._store.values)
+
+    @property
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the slices, of their gradients, and of AdamW's two moments."""
+        size = sum(value.numel() * value.element_size() for value in self._store.values)
+        return {"slices": size, "gradients": size, "adamw": 2 * size}
+
+    @property
+    def shared_heads(self) -> tuple[Head, ...]:
+        """Query heads that were not chosen but read trained keys and values (grouped-query attention)."""
+        if self.kv == "none":
+            return ()
+        group = self._sites.group
+        read = {(head.layer, head.head // group) for head in self.heads}
+        every = (Head(layer, g * group + i) for layer, g in sorted(read) for i in range(group))
+        return tuple(head for head in every if head not in self.heads)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The compact slices, in the order of ``slices``."""
+        return iter(self._store.values)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name of the parameter that a slice is taken from, the slice)."""
+        return ((one.name, value) for one, value in zip(self.slices, self._store.values, strict=True))
+
+    def optimizer(self, lr: float, **options: Any) -> SliceAdamW:
+        """AdamW over the slices with the write-back in the same pass; see ``SliceAdamW`` for the options."""
+        from pyarith.tuning.optimizer import SliceAdamW
+
+        return SliceAdamW(self, lr, **options)
+
+    def sync(self) -> None:
+        """Write slices that changed into the model's weights, rounded to their dtype.
+
+        Happens by itself after every step of a torch optimizer and before a forward pass; needed after setting slices
+        by hand where the model is compiled.
+
+        Raises:
+            InputError: the tuner was detached.
+        """
+        self._expect_attached("sync")
+        for number in range(len(self.slices)):
+            self._write(number)
+
+    def mark_written(self) -> None:
+        """Say that an optimizer has written the slices into the weights itself."""
+        self._written = [value._version for value in self._store.values]
+
+    def load(self, values: Sequence[Tensor]) -> None:
+        """Set the slices, in the order of ``slices``, and the weights with them.
+
+        Raises:
+            InputError: another number of slices, or another shape; nothing is changed.
+        """
+        self._expect_attached("load")
+        shapes, found = [one.shape for one in self.slices], [tuple(value.shape) for value in values]
+        check(found == shapes, f"values: expected the shapes of the tuner's {len(shapes)} slices {shapes}, got {found}")
+        with torch.no_grad():
+            for own, value in zip(self._store.values, values, strict=True):
+                own.copy_(value)
+        self.sync()
+
+    def detach(self) -> None:
+        """Write what is left to write and give the model back as an ordinary one; a second call does nothing."""
+        if not self.attached:
+            return
+        self.sync()
+        self._hook.remove()
+        for module in {one.module for one in self.slices}:
+            del module.forward
+        delattr(self.model, SLICES)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags[name])
+
+    def __enter__(self) -> SelectiveTuner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        total = sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith(f"{SLICES}."))
+        sizes = {name: f"{size / 2**20:.1f} MiB" for name, size in self.state_bytes.items()}
+        layers = sorted({one.layer for one in self.slices})
+        lines = [
+            f"SelectiveTuner: {len(self.heads)} heads, {len(self.mlps)} MLPs in layers {layers[0]}-{layers[-1]}, "
+            f'kv="{self.kv}"{"" if self.attached else ", detached"}',
+            f"  {self.n_parameters:,} of {total:,} parameters ({self.n_parameters / total:.2%}); slices "
+            f"{sizes['slices']}, gradients {sizes['gradients']}, AdamW {sizes['adamw']}",
+        ]
+        if self.shared_heads:
+            names = ", ".join(map(str, self.shared_heads))
+            lines.append(f"  keys and values are shared with heads that were not chosen: {names}")
+        return "\n".join(lines)
+
+    def _expect_attached(self, call: str) -> None:
+        check(self.attached, f"{call}: the tuner was detached from its model; make a new SelectiveTuner")
+
+    def _attach(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.add_module(SLICES, self._store)
+        by_module: dict[nn.Module, dict[str, int]] = {}
+        for number, one in enumerate(self.slices):
+            by_module.setdefault(one.module, {})[one.attribute] = number
+        for module, numbers in by_module.items():
+            module.forward = self._forward(module, numbers)
+        mine = weakref.ref(self)  # the hook is torch's own list: a forgotten tuner must not live on in it
+
+        def after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            tuner = mine()
+            if tuner is not None and tuner.attached:
+                tuner.sync()
+
+        self._hook = register_optimizer_step_post_hook(after_step)
+
+    def _forward(self, module: Any, numbers: dict[str, int]) -> Any:
+        """The forward of one projection while attached."""
+        one, in_first = self.slices[numbers["weight"]], takes_in_first(module)
+        ranges, values = (None if one.whole else one.ranges), self._store.values
+
+        def forward(x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                for number in numbers.values():
+                    self._write(number)
+            weight, bias = module.weight, module.bias
+            if not torch.is_grad_enabled():
+                return project(x, weight, bias, in_first)
+            bias_part = values[numbers["bias"]] if "bias" in numbers else None
+            part = values[numbers["weight"]]
+            out: Tensor = SlicedLinear.apply(x, weight, bias, part, bias_part, in_first, one.outputs, ranges)
+            return out
+
+        return forward
+
+    def _write(self, number: int) -> None:
+        """Copy one slice into its weight if it changed since it was last copied."""
+        value, one = self._store.values[number], self.slices[number]
+        if value._version == self._written[number]:
+            return
+        with torch.no_grad():
+            for place, part in zip(one.views(), one.parts(value.data), strict=True):
+                place.copy_(part)
+        self._written[number] = value._version
+
+
+class _Slices(nn.Module):
+    """The compact slices as parameters of the model that leave no trace in its state dict."""
+
+    def __init__(self, slices: Sequence[Slice], wide: torch.dtype) -> None:
+        super().__init__()
+        self._slices = slices
+        with torch.no_grad():
+            for one in slices:
+                value = torch.cat(one.views(), one.dim).to(wide)
+                self.register_parameter(one.name.replace(".", "/"), nn.Parameter(value))
+        self.values = tuple(self.parameters())
+
+    def state_dict(self, *args: Any, destination: Any = None, **_: Any) -> Any:
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Weights were loaded into the model: the slices follow them where they differ."""
+        with torch.no_grad():
+            for one, value in zip(self._slices, self.values, strict=True):
+                found = torch.cat(one.views(), one.dim)
+                if not torch.equal(found, value.to(found.dtype)):  # keeps the low bits of what was loaded unchanged
+                    value.copy_(found)
+
+    def __deepcopy__(self, _: Any) -> Any:
+        raise InputError(
+            "model: expected a model without an attached SelectiveTuner to copy; its forward is bound to the original: "
+            "call tuner.detach() first"
+        )
