@@ -41,6 +41,8 @@ class SliceAdamW(torch.optim.Optimizer):
     References: Loshchilov and Hutter 2019, arXiv:1711.05101; Zhang et al. 2024, arXiv:2409.01659, sec. 5.
     """
 
+    writes_slices = True  # the tuner need not write after a step
+
     def __init__(
         self,
         tuner: SelectiveTuner,
@@ -75,7 +77,7 @@ class SliceAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._tuner.sync()  # what was set by hand goes into the weights of slices without a gradient too
+        self._tuner.sync_changed()  # what was set by hand goes into the weights of slices without a gradient too
         scale = self._scale()
         for group in self.param_groups:
             by_step: dict[int, list[Any]] = {}

@@ -141,10 +141,10 @@ class SelectiveTuner:
         return SliceAdamW(self, lr, **options)
 
     def sync(self) -> None:
-        """Write slices that changed into the model's weights, rounded to their dtype.
+        """Write the slices into the model's weights, rounded to their dtype.
 
-        Happens by itself after every step of a torch optimizer and before a forward pass; needed after setting slices
-        by hand where the model is compiled.
+        Happens by itself after every step of a torch optimizer, and before a forward pass for slices that were set by
+        hand; the latter not where the model is compiled.
 
         Raises:
             InputError: the tuner was detached.
@@ -152,6 +152,11 @@ class SelectiveTuner:
         self._expect_attached("sync")
         for number in range(len(self.slices)):
             self._write(number)
+
+    def sync_changed(self) -> None:
+        """Write those slices whose version counter moved since they were last written."""
+        for number in range(len(self.slices)):
+            self._write_changed(number)
 
     def mark_written(self) -> None:
         """Say that an optimizer has written the slices into the weights itself."""
@@ -220,8 +225,12 @@ class SelectiveTuner:
 
         def after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
             tuner = mine()
-            if tuner is not None and tuner.attached:
-                tuner.sync()
+            if tuner is None or not tuner.attached or getattr(optimizer, "writes_slices", False):
+                return
+            stepped = {id(value) for group in optimizer.param_groups for value in group["params"]}
+            for number, value in enumerate(tuner.parameters()):
+                if id(value) in stepped:  # not by version counters: torch's fused optimizers leave them alone
+                    tuner._write(number)
 
         self._hook = register_optimizer_step_post_hook(after_step)
 
@@ -233,7 +242,7 @@ class SelectiveTuner:
         def forward(x: Tensor) -> Tensor:
             if not torch.compiler.is_compiling():
                 for number in numbers.values():
-                    self._write(number)
+                    self._write_changed(number)
             weight, bias = module.weight, module.bias
             if not torch.is_grad_enabled():
                 return project(x, weight, bias, in_first)
@@ -244,11 +253,13 @@ class SelectiveTuner:
 
         return forward
 
+    def _write_changed(self, number: int) -> None:
+        if self._store.values[number]._version != self._written[number]:
+            self._write(number)
+
     def _write(self, number: int) -> None:
-        """Copy one slice into its weight if it changed since it was last copied."""
+        """Copy one slice into its weight."""
         value, one = self._store.values[number], self.slices[number]
-        if value._version == self._written[number]:
-            return
         with torch.no_grad():
             for place, part in zip(one.views(), one.parts(value.data), strict=True):
                 place.copy_(part)
