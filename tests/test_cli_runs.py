@@ -216,6 +216,7 @@ def test_analyze_writes_every_table(stepped, demo):
     folder = path / "analysis"
     model, tokenizer = demo
     names = {"attention.csv", "mlp.csv", "lens.csv", "attribution.csv", "overlap.csv"}
+    names |= {"attention_tokens.csv", "lens_promoted.csv"}
     assert {p.name for p in folder.iterdir()} == names | {"attention.png", "mlp.png", "analysis.json"}
     pairs = pa.tasks.arithmetic(tokenizer, "+", n=24)
     result = pa.PatchResult.load(path / "add" / "result")
@@ -226,6 +227,18 @@ def test_analyze_writes_every_table(stepped, demo):
     points = pa.analysis.mlp_cosines(model, pairs).points
     assert record["mlp"]["+"]["points"] == points._asdict() and record["not_done"] == []
     assert {row["text"] for row in read(folder / "lens.csv") if row["layer"] == "5" and row["rank"] == "0"}
+    row = next(i for i, one in enumerate(read(path / "add" / "prompts.csv")) if one["correct"] == "1")
+    one = pairs.subset([row])
+    lens = pa.analysis.logit_lens(model, one, k=5)
+    rows = [r for r in read(folder / "lens_promoted.csv") if r["operator"] == "+"]
+    assert [int(r["token"]) for r in rows] == lens.promoted[:, 0].ravel().tolist()
+    assert [float(r["logits"]) for r in rows] == pytest.approx(lens.promoted_by[:, 0].ravel(), abs=1e-5)
+    assert {r["prompt"] for r in rows} == {one.prompts[0]}
+    seen = pa.analysis.attention_mass(model, one, result.key_heads()[:5], patterns=True)
+    rows = [r for r in read(folder / "attention_tokens.csv") if r["operator"] == "+"]
+    assert [float(r["attention"]) for r in rows] == pytest.approx(seen.patterns[:, 0].ravel(), abs=1e-6)
+    assert [int(r["token"]) for r in rows] == one.clean[0].tolist() * len(seen.heads)
+    assert {"operand_a", "operand_b", "operator"} <= {r["role"] for r in rows}
     for word in ("Attention of key heads", "start {}, inflection {}, end {}".format(*points), "Logit lens", "Spearman"):
         assert word in done.stdout
 
