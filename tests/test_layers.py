@@ -23,14 +23,14 @@ LAYERS = [
     ("engine",),
     ("models", "ops", "tasks"),
     ("result", "ablation_result"),
-    ("prompts", "plots", "stats"),
+    ("prompts", "plots", "stats", "rows"),
     ("types",),
     ("errors",),
 ]
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 ONLY = {"tasks": {"tasks", "prompts", "types", "errors"}}
 # numpy only, before a function is called
-LIGHT = ("result", "ablation_result", "prompts", "plots", "stats", "types", "errors")
+LIGHT = ("result", "ablation_result", "prompts", "plots", "stats", "rows", "types", "errors")
 
 
 class Import(NamedTuple):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
-import json
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,19 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pyarith.errors import InputError, InputTypeError, NotAvailableError, check
+from pyarith.errors import InputTypeError, check
 from pyarith.evaluation.answers import KINDS, gold_of, is_match, kind_of
+from pyarith.rows import KNOWN, ON_BAD, SHOWN, choose_layout, columns_of, more, read_rows, report_bad, slots
 
-# name, columns that must be there, prompt as a template of columns, column of the answer; the first that fits is taken
-KNOWN: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
-    ("generic", ("prompt", "answer"), "{prompt}", "answer"),
-    ("svamp", ("Body", "Question", "Answer"), "Q: {Body} {Question}\nA:", "Answer"),
-    ("addsub", ("sQuestion", "lSolutions"), "Q: {sQuestion}\nA:", "lSolutions"),
-    ("gsm8k", ("question", "answer"), "Q: {question}\nA:", "answer"),
-)
-_SUFFIXES = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json", ".csv": ",", ".tsv": "\t"}
-ON_BAD = ("raise", "drop")
-_SHOWN = 5
 BAD = {
     "not_a_row": "not a JSON object",
     "missing_column": "a column is missing",
@@ -63,7 +50,7 @@ class Items:
             wrong = [f"{row}: {answer!r}" for row, answer in enumerate(self.answers) if kind_of([answer]) == "text"]
             check(
                 not wrong,
-                f"answers: expected a number each for kind 'number', got {', '.join(wrong[:_SHOWN])}{_more(wrong)}; "
+                f"answers: expected a number each for kind 'number', got {', '.join(wrong[:SHOWN])}{more(wrong)}; "
                 "use kind='text'",
             )
 
@@ -138,9 +125,8 @@ def load_items(
     check(on_bad in ON_BAD, f"on_bad: expected one of {ON_BAD}, got {on_bad!r}")
     whole = limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit > 0)
     check(whole, f"limit: expected None or a whole number >= 1, got {limit!r}")
-    path = Path(source)
-    rows = _from_file(path) if path.suffix.lower() in _SUFFIXES else _from_hub(str(source), split, subset)
-    return items_from_rows(islice(rows, limit), str(source), prompt=prompt, answer=answer, kind=kind, on_bad=on_bad)
+    rows = islice(read_rows(source, split, subset), limit)
+    return items_from_rows(rows, str(source), prompt=prompt, answer=answer, kind=kind, on_bad=on_bad)
 
 
 def items_from_rows(
@@ -155,9 +141,8 @@ def items_from_rows(
     """``load_items`` for rows that are already in memory, such as a loaded ``datasets.Dataset``."""
     table = list(rows)
     check(len(table) > 0, f"{name}: expected at least one row, got none")
-    columns = list(dict.fromkeys(key for row in table if isinstance(row, Mapping) for key in row))
-    layout, template, column = _layout(columns, prompt, answer, name)
-    needed = [*_slots(template), column]
+    layout, template, column = choose_layout(columns_of(table), KNOWN, prompt, answer, name, "answer")
+    needed = [*slots(template), column]
     prompts, answers, numbers = [], [], []
     bad: dict[str, list[int]] = {}
     for number, row in enumerate(table, start=1):
@@ -172,40 +157,11 @@ def items_from_rows(
         prompts.append(text)
         answers.append(right or "")
         numbers.append(number)
-    _report(bad, len(table), len(prompts), name, on_bad)
+    report_bad(bad, BAD, len(table), len(prompts), f"{name}: expected a prompt and an answer", on_bad)
     settings = {"source": name, "layout": layout, "prompt": template, "answer": column, "rows": len(table)}
     settings |= {"dropped": {reason: len(found) for reason, found in bad.items()}, "dropped_rows": bad}
     strata = {"item": np.array(numbers)}
     return Items(tuple(prompts), tuple(answers), kind or kind_of(answers), strata, settings)
-
-
-def _layout(columns: list[str], prompt: str | None, answer: str | None, name: str) -> tuple[str, str, str]:
-    """(name of the layout, template of the prompt, column of the answer)."""
-    known = [one for one in KNOWN if set(one[1]) <= set(columns)]
-    template = None if prompt is None else prompt if _slots(prompt) else f"{{{prompt}}}"
-    if template is not None and answer is not None:
-        layout, column = "given", answer
-    elif known:
-        layout, _, recognised, right = known[0]
-        template, column = template or recognised, answer or right
-    else:
-        lists = "; ".join(f"{one[0]}: {', '.join(one[1])}" for one in KNOWN)
-        raise InputError(
-            f"{name}: expected columns that are recognised ({lists}), got {columns}; say which hold the question and "
-            "the answer: prompt='...', answer='...'"
-        )
-    missing = [slot for slot in [*_slots(template), column] if slot not in columns]
-    check(not missing, f"{name}: expected columns {missing} (prompt={prompt!r}, answer={answer!r}), got {columns}")
-    return layout, template, column
-
-
-def _slots(template: str) -> list[str]:
-    try:
-        return [slot for _, slot, _, _ in string.Formatter().parse(template) if slot]
-    except ValueError as error:
-        raise InputError(
-            f"prompt: expected a column or a template with {{columns}}, got {template!r} ({error})"
-        ) from None
 
 
 def _why_not(row: Any, needed: list[str], column: str) -> str | None:
@@ -224,59 +180,6 @@ def _answer(value: Any) -> str | None:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return gold_of(str(value[0])) if len(value) == 1 else None if len(value) else ""
     return gold_of(str(value))
-
-
-def _report(bad: dict[str, list[int]], total: int, left: int, name: str, on_bad: str) -> None:
-    if not bad or (on_bad == "drop" and left):
-        return
-    parts = []
-    for reason, found in bad.items():
-        shown = ", ".join(map(str, found[:_SHOWN])) + _more(found)
-        parts.append(f"{BAD[reason]} in {len(found)} (row {shown})")
-    what = "correct them or pass on_bad='drop'" if left else "none is left"
-    raise InputError(f"{name}: expected a prompt and an answer in each of {total} rows, got {'; '.join(parts)}: {what}")
-
-
-def _more(found: Sequence[Any]) -> str:
-    return f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-
-
-def _from_file(path: Path) -> Iterable[Any]:
-    check(path.is_file(), f"source: expected a file, got {path}, which does not exist; check the path")
-    form = _SUFFIXES[path.suffix.lower()]
-    if form == "json":
-        value = _parse(path.read_text(encoding="utf-8-sig"), str(path))
-        check(
-            isinstance(value, list),
-            f"{path}: expected a list of objects, got {type(value).__name__}; one object a line belongs in a .jsonl",
-        )
-        return list(value)
-    if form == "json lines":
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file, delimiter=form))
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: expected JSON, got {text[:60]!r} ({error})") from None
-
-
-def _from_hub(name: str, split: str, subset: str | None) -> Iterable[Any]:
-    check(bool(name), "source: expected a path or the name of a data set, got an empty text")
-    endings = ", ".join(_SUFFIXES)
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise NotAvailableError(
-            f"source: {name!r} does not end in {endings}, and data sets by name need the package datasets; "
-            "pip install 'pyarith[eval]'"
-        ) from error
-    loaded: Iterable[Any] = datasets.load_dataset(name, subset, split=split)
-    return loaded
 
 
 def as_items(value: Any, name: str) -> Items:
