@@ -83,6 +83,15 @@ def _known(name: str, value: Any, known: tuple[str, ...], also: tuple[str, ...] 
     return value
 
 
+def shuffled(
+    sign: str, templates: tuple[Template, ...], pairs: tuple[tuple[int, int], ...], seed: int
+) -> Iterator[tuple[Template, tuple[int, int]]]:
+    """Every (template, (A, B)) once, in the order of the seed."""
+    order = np.random.default_rng([seed, list(LEXICON).index(sign)]).permutation(len(templates) * len(pairs))
+    for number in order:
+        yield templates[number // len(pairs)], pairs[number % len(pairs)]
+
+
 def _candidates(
     sign: str,
     corruption: str,
@@ -92,11 +101,9 @@ def _candidates(
     aligner: Aligner,
 ) -> Iterator[Candidate]:
     """Every (template, A, B) once, in the order of the seed."""
-    order = np.random.default_rng([seed, list(LEXICON).index(sign)]).permutation(len(templates) * len(pairs))
     swaps = np.random.default_rng([seed, 4 + CORRUPTIONS.index(corruption)])
     nulls: dict[str, str | None] = {}
-    for number in order:
-        template, (a, b) = templates[number // len(pairs)], pairs[number % len(pairs)]
+    for template, (a, b) in shuffled(sign, templates, pairs, seed):
         clean = template.render({"A": a, "B": b})
         null, other, refused = None, (a, b), None
         if corruption == "operator":

@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from pyarith.errors import InputError, check
 from pyarith.prompts import MISALIGNED, Aligner, PromptPairs
+from pyarith.tasks.arithmetic import shuffled
 from pyarith.tasks.problems import CONTROL, FURTHER, Drawn
 from pyarith.tasks.sampling import Candidate, collect
+from pyarith.tasks.tables import LEXICON, arithmetic_templates, operand_pairs, solve
 
 ARITHMETIC_TASKS = tuple(FURTHER)
 CONTROL_TASKS = tuple(CONTROL)
+OPERATORS = tuple(LEXICON)
 _MAKERS = {**FURTHER, **CONTROL}
 _PATIENCE = 2000  # draws in a row without a new prompt, after which a task counts as exhausted
 _REFUSALS = {"no_swap": "no other problem of the same form and length has another answer"}
@@ -27,7 +31,8 @@ def draw_problems(task: str, n: int = 200, seed: int = 0) -> tuple[Drawn, ...]:
 
     Args:
         task: one of ``ARITHMETIC_TASKS`` (power, two_digit_sum, decimal_sum, year_span, word_problem) or of
-            ``CONTROL_TASKS``, without arithmetic (copy, sort, compare, successor, capital, antonym, colour, kind).
+            ``CONTROL_TASKS``, without arithmetic (copy, sort, compare, successor, capital, antonym, colour, kind); or
+            an operator, whose problems come in the order of ``tasks.arithmetic``'s clean prompts of the same seed.
         n: how many.
         seed: of the draw; the first of more problems are the fewer problems of the same seed.
     Returns:
@@ -35,7 +40,7 @@ def draw_problems(task: str, n: int = 200, seed: int = 0) -> tuple[Drawn, ...]:
     Raises:
         InputError: an unknown task, a bad ``n``, or a task with fewer than ``n`` different prompts.
     """
-    found = _different(task, n, seed)
+    found = _of_operator(task, n, seed) if task in OPERATORS else _different(task, n, seed)
     check(
         len(found) == n, f"n: asked for {n} problems of {task!r}, which has {len(found)} different ones; ask for fewer"
     )
@@ -79,11 +84,21 @@ def _whole(n: Any) -> bool:
     return isinstance(n, int | np.integer) and not isinstance(n, bool) and bool(n > 0)
 
 
+def _of_operator(sign: str, n: int, seed: int) -> tuple[Drawn, ...]:
+    """Up to ``n`` problems of an operator over all of its templates and operand pairs."""
+    check(_whole(n), f"n: expected a positive whole number, got {n!r}")
+    drawn = islice(shuffled(sign, arithmetic_templates(sign), operand_pairs(sign), seed), n)
+    return tuple(
+        Drawn(template.render({"A": a, "B": b}).text, str(solve(sign, a, b)), template.name, f"{a},{b}")
+        for template, (a, b) in drawn
+    )
+
+
 def _different(task: str, n: int, seed: int) -> tuple[Drawn, ...]:
     """Up to ``n`` problems with different prompts, fewer where the task has no more."""
     if task not in _MAKERS:
         raise InputError(
-            f"task: expected one of {', '.join(_MAKERS)}, got {task!r}; the four operators are tasks.arithmetic"
+            f"task: expected one of {', '.join(_MAKERS)}, got {task!r}; pairs of the operators are tasks.arithmetic"
         )
     check(_whole(n), f"n: expected a positive whole number, got {n!r}")
     rng = random.Random(f"{seed} {task}")
