@@ -140,6 +140,20 @@ class SelectiveTuner:
 
         return SliceAdamW(self, lr, **options)
 
+    def loss(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Mean next-token cross-entropy without the logits of all positions; see ``label_loss``.
+
+        Args:
+            labels: int64 [batch, pos], -100 where nothing is to be learnt.
+            inputs: ``input_ids``, ``attention_mask``, ``position_ids``.
+        Raises:
+            InputError: the tuner was detached; no label is left.
+        """
+        from pyarith.tuning.loss import label_loss
+
+        self._expect_attached("loss")
+        return label_loss(self._sites, labels, **inputs)
+
     def sync(self) -> None:
         """Write the slices into the model's weights, rounded to their dtype.
 
