@@ -11,6 +11,8 @@ from pyarith.cli.command_demo import demo
 from pyarith.cli.command_discover import discover
 from pyarith.cli.command_doctor import doctor
 from pyarith.cli.command_knockout import knockout
+from pyarith.cli.command_report import report
+from pyarith.cli.command_reproduce import reproduce
 
 app = typer.Typer(
     name="pyarith",
@@ -25,6 +27,8 @@ app.command()(demo)
 app.command()(discover)
 app.command()(knockout)
 app.command()(analyze)
+app.command()(report)
+app.command()(reproduce)
 app.command()(doctor)
 
 

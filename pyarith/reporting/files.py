@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+REPORT = "report.html"
+
 
 def plain(value: Any) -> Any:
     """``value`` in JSON's own types: numpy scalars and arrays unpacked, NaN and infinity as None, the rest as text."""
@@ -28,14 +30,27 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` under a temporary name and rename it: whoever reads ``path`` never sees half of it."""
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` under a temporary name and rename it: whoever reads ``path`` never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    with open(partial, "wb") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # bytes of a command line that were no UTF-8
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_text`` of ``value`` as JSON."""
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that pyarith wrote."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b'<meta name="generator" content="pyarith report' in file.read(1024)
 
 
 def file_hash(path: Path) -> str:

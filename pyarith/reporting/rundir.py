@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarith.discovery.discover import Discovery
 from pyarith.errors import InputError, check
-from pyarith.reporting.files import file_hash, settings_hash, whole, write_json
+from pyarith.reporting.files import REPORT, file_hash, is_report, settings_hash, whole, write_json
 from pyarith.reporting.fingerprint import data_hash, model_fingerprint
 from pyarith.reporting.judgement import Judgement
 from pyarith.reporting.saved import FORMAT, RECORD
@@ -91,6 +91,8 @@ class RunDirectory:
                 self._old += [f"{step}/{step}.json", *(f"{step}/{name}" for name in record["hashes"])]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
+        if self._old and is_report(root / REPORT):
+            self._old.append(REPORT)
         for name in [RECORD, *self._old] if self._old else []:
             old = (root / name).resolve()
             if old.is_relative_to(root) and old.is_file():
