@@ -39,6 +39,10 @@ class MemoryBudgetError(PyarithError, ValueError):
     """The memory budget is too small for one row; the message says the smallest that works."""
 
 
+class StorageError(PyarithError, OSError):
+    """A file could not be written to its end; what was there before is still there."""
+
+
 class BackendError(PyarithError, RuntimeError):
     """A backend asked for by name cannot run; the message says why."""
 

@@ -3,5 +3,6 @@
 from pyarith.plots.analyses import attention_figure, cosines_figure
 from pyarith.plots.effects import effects_figure, effects_panels
 from pyarith.plots.knockouts import knockout_figure
+from pyarith.plots.training import loss_figure
 
-__all__ = ["attention_figure", "cosines_figure", "effects_figure", "effects_panels", "knockout_figure"]
+__all__ = ["attention_figure", "cosines_figure", "effects_figure", "effects_panels", "knockout_figure", "loss_figure"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,12 @@ class MicroBatch:
         }
 
 
+@lru_cache(maxsize=4)
 def order(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """int64 [n], a permutation that depends on its arguments alone: every arm of a comparison sees the same one."""
-    return np.random.default_rng([seed, epoch, stream]).permutation(n)
+    found = np.random.default_rng([seed, epoch, stream]).permutation(n)
+    found.setflags(write=False)
+    return found
 
 
 @dataclass(frozen=True)
