@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,9 @@ from pyarith.types import Head
 
 if TYPE_CHECKING:
     from pyarith.tuning.optimizer import SliceAdamW
+
+
+_HELD = "@weight"
 
 
 class SelectiveTuner:
@@ -176,25 +179,42 @@ class SelectiveTuner:
         """Say that an optimizer has written the slices into the weights itself."""
         self._written = [value._version for value in self._store.values]
 
-    def load(self, values: Sequence[Tensor]) -> None:
-        """Set the slices, in the order of ``slices``, and the weights with them.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of what training has changed: the slices, and what the weights hold where their dtype is another
+        (with stochastic rounding it is not the nearest value). Names are those of the parameters."""
+        pairs = list(zip(self.slices, self._store.values, strict=True))
+        state = {one.name: value.detach().clone() for one, value in pairs}
+        return state | {
+            f"{one.name}{_HELD}": torch.cat(one.views(), one.dim)
+            for one, value in pairs
+            if one.weight.dtype != value.dtype
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set slices and weights to what ``state_dict`` gave, for a tuner with the same choice.
 
         Raises:
-            InputError: another number of slices, or another shape; nothing is changed.
+            InputError: other names, shapes or dtypes, or the tuner was detached; nothing is changed.
         """
-        self._expect_attached("load")
-        shapes, found = [one.shape for one in self.slices], [tuple(value.shape) for value in values]
-        check(found == shapes, f"values: expected the shapes of the tuner's {len(shapes)} slices {shapes}, got {found}")
+        self._expect_attached("load_state_dict")
+        own = self.state_dict()
+        expected, found = ({k: (tuple(v.shape), v.dtype) for k, v in one.items()} for one in (own, state))
+        wrong = [f"{k}: expected {expected.get(k)}, got {found.get(k)}" for k in expected | found]
+        wrong = [text for text, k in zip(wrong, expected | found, strict=True) if expected.get(k) != found.get(k)]
+        check(not wrong, f"state: expected the slices of this tuner; {'; '.join(wrong[:4])}")
         with torch.no_grad():
-            for own, value in zip(self._store.values, values, strict=True):
-                own.copy_(value)
-        self.sync()
+            for one, value in zip(self.slices, self._store.values, strict=True):
+                value.copy_(state[one.name])
+                held = state.get(f"{one.name}{_HELD}", state[one.name])
+                for place, part in zip(one.views(), one.parts(held), strict=True):
+                    place.copy_(part)
+        self.mark_written()
 
     def detach(self) -> None:
         """Write what is left to write and give the model back as an ordinary one; a second call does nothing."""
         if not self.attached:
             return
-        self.sync()
+        self.sync_changed()
         self._hook.remove()
         for module in {one.module for one in self.slices}:
             del module.forward
