@@ -133,6 +133,13 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
+    def until(self, condition: str, seconds: float = 10.0) -> None:
+        """Wait until a JavaScript condition holds."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(condition):
+            assert time.monotonic() < end, f"not within {seconds:g} s: {condition}"
+            time.sleep(0.01)
+
     def move(self, x: float, y: float) -> None:
         """The mouse, in pixels of the window."""
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -264,6 +264,24 @@ def test_what_cannot_be_done_is_one_line_and_the_rest_goes_on(run, monkeypatch):
     assert done.exit_code == 2 and "none of the analyses can be done" in done.stderr and files(run) == before
 
 
+# report
+
+
+def test_report_shows_what_the_commands_wrote(steps):
+    done = pyarith("report", steps)
+    assert done.exit_code == 0, done.output
+    shown, missing = done.stdout.splitlines()[:2]
+    assert shown.startswith("Shown: Overview, Heads, ") and shown.endswith("Direct attribution, Overlap, Settings")
+    assert missing == f"Transfer: Not done yet. pyarith transfer {steps}"
+    text = (steps / "report.html").read_text(encoding="utf-8")
+    for row in read(steps / "add" / "heads.csv"):
+        assert f'<td>{row["layer"]}.{row["head"]}</td><td class="n">{100 * float(row["effect"]):+.1f}%</td>' in text
+    for row in read(steps / "knockout" / "knockout.csv"):
+        assert f"{100 * float(row['accuracy_min']):.1f}% .. {100 * float(row['accuracy_max']):.1f}%</td>" in text
+    up = read(steps / "analysis" / "lens_promoted.csv")[0]
+    assert f"&#39;{up['text']}&#39;\u00a0{float(up['logits']):+.2f}" in text
+
+
 # steps that resume
 
 

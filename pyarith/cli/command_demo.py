@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -74,4 +75,5 @@ def demo(
         terminal.line()
         for file in files:
             terminal.line(f"Wrote {file}")
+        terminal.line(f"As a page: {shlex.join(['pyarith', 'report', str(out)])}")
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")

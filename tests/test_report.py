@@ -1,0 +1,458 @@
+"""The report as a file: what is in it, where it comes from, what is never shown. test_report_browser.py opens it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report_runs
+from typer.testing import CliRunner
+
+from pyarith.cli import app
+from pyarith.errors import InputError
+from pyarith.evaluation import TransferResult
+from pyarith.reporting import RunDirectory, SavedRun
+from pyarith.reporting.files import file_hash
+from pyarith.reporting.report import blocks, write_report
+from pyarith.reporting.report.sections import SECTIONS
+
+STYLE = (Path(blocks.__file__).parent / "templates" / "style.css").read_text()
+HOSTILE = """</script><script>window.bad=1</script><img src=x onerror="window.bad=1"><b>&lt;i&gt;</b> ${x} {{7*7}} '"""
+
+
+class Page(HTMLParser):
+    """Sections with their text, tables and figures, and every tag."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags, self.scripts, self.styles = [], [], []
+        self.sections: dict[str, dict] = {}
+        self._within, self._now = [], None
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._within.append((tag, dict(attributes)))
+        if tag == "section":
+            self._now = self.sections[dict(attributes)["aria-labelledby"]] = {"text": "", "tables": [], "figures": []}
+        elif tag in ("meta", "link", "img", "br"):
+            self._within.pop()
+        elif tag == "table":
+            self._now["tables"].append([])
+        elif tag == "tr":
+            self._now["tables"][-1].append([])
+        elif tag in ("td", "th"):
+            self._now["tables"][-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        while self._within.pop()[0] != tag:
+            pass
+        if tag == "section":
+            self._now = None
+
+    def handle_data(self, data):
+        tag, attributes = self._within[-1] if self._within else ("", {})
+        if tag == "script":
+            is_figure = attributes.get("type") == "application/json"
+            (self._now["figures"] if is_figure else self.scripts).append(json.loads(data) if is_figure else data)
+        elif tag == "style":
+            self.styles.append(data)
+        elif self._now is not None:
+            self._now["text"] += data
+            if tag in ("td", "th"):
+                self._now["tables"][-1][-1][-1] += data
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def made(path) -> Page:
+    return Page(write_report(SavedRun.open(path)).path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return report_runs.write_all(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(whole):
+    return made(whole)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "hostile"
+    report_runs.write_run(path, signs=("+",), prompt=HOSTILE)
+    report_runs.add_analysis(path, foreign=HOSTILE, prompt=HOSTILE)
+    report_runs.add_transfer(path, task=HOSTILE)
+    record = json.loads((path / "run.json").read_text())
+    record["model"]["name"] = record["settings"]["model"] = HOSTILE
+    record["command_line"] = ["/x/pyarith", "discover", HOSTILE, "\udcff"]
+    (path / "run.json").write_text(json.dumps(record))
+    return path
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy with every step and no report."""
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    (path / "report.html").unlink(missing_ok=True)
+    return path
+
+
+# one file that needs nothing
+
+
+def test_nothing_is_fetched(page):
+    names = ("src", "href", "srcset", "data", "action", "poster")
+    addresses = [a[name] for _, a in page.tags for name in a if name in names]
+    assert all(value.startswith("#") or value == "data:," for value in addresses), addresses
+    assert not re.search(r"url\(|@import|https?:", "".join(page.styles) + page.scripts[1])
+    assert {tag for tag, _ in page.tags} & {"iframe", "object", "embed", "base", "form", "img"} == set()
+
+
+def test_the_page_allows_its_own_scripts_and_nothing_else(page):
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert len(page.scripts) == 2 and "default-src 'none'" in policy
+    allowed = [f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in page.scripts]
+    assert re.search("script-src ([^;]*)", policy).group(1).split() == allowed
+    assert "http" not in policy and "unsafe-eval" not in policy
+    assert not [name for _, a in page.tags for name in a if name.startswith("on")]
+
+
+def test_plotly_is_inside_once_and_the_file_stays_small(page):
+    from plotly.offline import get_plotlyjs
+
+    assert page.source.count(get_plotlyjs()) == 1
+    assert len(page.source.encode()) < 8e6
+
+
+# what is shown
+
+
+def test_every_section_is_there_in_order(page):
+    assert list(page.sections) == [section.id for section in SECTIONS]
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for tag, a in page.tags if tag == "a"} == set(page.sections)
+    assert not any("makes it" in section["text"] for section in page.sections.values())
+
+
+def test_missing_steps_are_named_with_their_command(tmp_path):
+    path = report_runs.write_run(tmp_path / "a run")
+    report = write_report(SavedRun.open(path))
+    page = Page(report.path)
+    assert report.shown == ("Overview", "Heads", "MLPs", "How sure", "Settings")
+    for section, command in (("knockout", "knockout"), ("lens", "analyze"), ("transfer", "transfer")):
+        text = page.sections[section]["text"]
+        assert "Not done yet." in text and f"pyarith {command} '{path}' makes it." in text
+        assert page.sections[section]["tables"] == page.sections[section]["figures"] == []
+    assert f"Knock-outs: Not done yet. pyarith knockout '{path}'" in report.missing and len(report.missing) == 7
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_heads_are_those_of_the_table(whole, page, number):
+    rows = read(whole / ("add", "mul")[number] / "heads.csv")
+    section, sign = page.sections["heads"], report_runs.SIGNS[number]
+    figure = section["figures"][number]
+    z, hover = figure["data"][0]["z"], figure["data"][0]["hovertext"]
+    assert len(rows) == report_runs.LAYERS * report_runs.HEADS
+    for row in rows:
+        layer, head = int(row["layer"]), int(row["head"])
+        assert z[layer][head] == pytest.approx(100 * float(row["effect"]), rel=1e-12)
+        effect, change = f"{100 * float(row['effect']):+.1f}%", f"{float(row['logit_change']):+.2f} logits"
+        interval = f"{100 * float(row['effect_low']):+.1f}% .. {100 * float(row['effect_high']):+.1f}%"
+        for text in (f"head {layer}.{head}<", effect, change, f"95% interval {interval}", "noise floor 3e-06"):
+            assert text in hover[layer][head], hover[layer][head]
+        assert f"adjusted p {float(row['p_adjusted']):.2g}" in hover[layer][head]
+    top, every = section["tables"][2 * number : 2 * number + 2]
+    assert every[0] == ["head", "effect", "interval", "change in logits", "p", "adjusted p", "noise floor, logits"]
+    assert [line[0] for line in every[1:]] == [f"{row['layer']}.{row['head']}" for row in rows]
+    assert [line[1] for line in every[1:]] == [f"{100 * float(row['effect']):+.1f}%" for row in rows]
+    assert top == every[:11]
+    assert {(s["x0"] + 0.5, s["y0"] + 0.5) for s in figure["layout"]["shapes"]} == {
+        (float(row["head"]), float(row["layer"])) for row in rows if row["key"] == "1"
+    }
+    key = report_runs.KEY[sign]
+    assert [str(key)] == [line[1] for line in page.sections["overview"]["tables"][0][1:] if sign in line[0]]
+    limits = {f["data"][0]["zmax"] for f in section["figures"]} | {-f["data"][0]["zmin"] for f in section["figures"]}
+    assert limits == {max(abs(one) for f in section["figures"] for row in f["data"][0]["z"] for one in row)}
+
+
+def test_mlps_have_their_intervals(whole, page):
+    rows = sorted(read(whole / "add" / "mlps.csv"), key=lambda row: int(row["layer"]))
+    bar = page.sections["mlps"]["figures"][0]["data"][0]
+    effect = 100 * np.array([float(row["effect"]) for row in rows])
+    assert bar["x"] == pytest.approx(effect)
+    low, high = effect - bar["error_x"]["arrayminus"], effect + bar["error_x"]["array"]
+    assert low == pytest.approx([100 * float(row["effect_low"]) for row in rows])
+    assert high == pytest.approx([100 * float(row["effect_high"]) for row in rows])
+    assert [line[0] for line in page.sections["mlps"]["tables"][0][1:]] == ["0", "1", "2"]
+
+
+def test_what_is_needed_to_judge(whole, page):
+    record = json.loads((whole / "run.json").read_text())
+    summary = record["runs"]["+"]["summary"]
+    table = {row[0]: row[1] for row in page.sections["judging"]["tables"][0]}
+    assert table["corruption strength"] == f"{summary['strength']:.3f}"
+    assert table["verification error, in logits"] == "2e-06" and table["noise floor, in logits"] == "3e-06"
+    assert table["answered rightly"] == "97.2%" and table["key heads"] == "1 of 12"
+    assert "path patching head -> logits" in page.sections["overview"]["text"]
+    assert record["runs"]["+"]["confidence"]["method"] in page.sections["judging"]["text"]
+    halves = page.sections["judging"]["tables"][1][1]
+    assert halves[2] == f"{record['runs']['+']['stability']['spearman']['median']:+.2f}"
+
+
+def test_knockout_lines_and_bands_are_those_of_the_record(whole, page):
+    rows = json.loads((whole / "knockout" / "knockout.json").read_text())["curves"]["+"]["rows"]
+    section = page.sections["knockout"]
+    traces = section["figures"][0]["data"]
+    lines = {trace["name"]: trace["y"] for trace in traces if "name" in trace}
+    for arm, name in (("key", "key heads (top k)"), ("same_layer", "random heads of the same layers")):
+        assert lines[name] == pytest.approx([100 * row["accuracy"] for row in rows if row["arm"] == arm])
+    edges = [trace["y"] for trace in traces if trace["legendgroup"] == "random heads" and "name" not in trace]
+    for edge, y in zip(("accuracy_min", "accuracy_max"), edges, strict=True):
+        assert y == pytest.approx([100 * row[edge] for row in rows if row["arm"] == "random"])
+    assert [trace["fill"] for trace in traces if "fill" in trace] == ["tonexty"] * 2  # the two controls with draws
+    assert len(section["tables"][0]) == 1 + len(rows)
+    assert section["tables"][0][1][3] == f"{100 * rows[0]['accuracy']:.1f}%"
+    assert section["tables"][0][1][6] == f"{100 * rows[0]['accuracy'] - 100:+.1f}%"
+    assert section["figures"][0]["layout"]["shapes"][0]["y0"] == pytest.approx(10.0)
+    assert "accuracy 10.0%, logit +4.00" in section["text"] and "operand pair with the prompts" in section["text"]
+
+
+def test_analyses_are_those_of_the_tables(whole, page):
+    folder = whole / "analysis"
+    masses = [row for row in read(folder / "attention.csv") if row["operator"] == "+"]
+    roles, looked = page.sections["attention"]["figures"][:2]
+    assert [trace["name"] for trace in roles["data"]][:3] == ["operand A", "operand B", "operator"]
+    for trace, role in zip(roles["data"], ("operand_a", "operand_b", "operator"), strict=False):
+        assert trace["x"] == pytest.approx([100 * float(row["mass"]) for row in masses if row["role"] == role])
+    tokens = [row for row in read(folder / "attention_tokens.csv") if row["operator"] == "+"]
+    assert np.ravel(looked["data"][0]["z"]) == pytest.approx([100 * float(row["attention"]) for row in tokens])
+    assert looked["layout"]["xaxis"]["ticktext"] == ["zero", "t11", "t12", "t13", "t14", "t15"]
+    curve = page.sections["cosines"]["figures"][0]["data"]
+    answer = [float(row["answer"]) for row in read(folder / "mlp.csv") if row["operator"] == "+"]
+    assert next(t["y"] for t in curve if t.get("name") == "cos(what the MLP adds, answer)") == pytest.approx(answer)
+    points = json.loads((folder / "analysis.json").read_text())["mlp"]["+"]["points"]
+    assert all(f"{name} at layer {layer}" in page.sections["cosines"]["text"] for name, layer in points.items())
+    lens = page.sections["lens"]["tables"][0]
+    first = [row for row in read(folder / "lens.csv") if row["operator"] == "+" and row["layer"] == "0"]
+    before = [f"{row['text']!r}\u00a0{float(row['probability']):.3f}" for row in first if row["stage"] == "before"]
+    assert lens[1][1] == "\n".join(before) and "'zero'" in lens[1][1]
+    up = next(row for row in read(folder / "lens_promoted.csv") if row["operator"] == "+")
+    assert lens[1][3].startswith(f"{up['text']!r}\u00a0{float(up['logits']):+.2f}")
+    parts = [row for row in read(folder / "attribution.csv") if row["operator"] == "+"]
+    z = page.sections["attribution"]["figures"][0]["data"][0]["z"]
+    assert np.ravel(z) == pytest.approx([float(row["logit"]) for row in parts if row["kind"] == "head"])
+    pair = read(folder / "overlap.csv")[0]
+    assert page.sections["overlap"]["figures"][0]["data"][0]["z"] == [
+        [None, pytest.approx(float(pair["spearman"]))],
+        [pytest.approx(float(pair["spearman"])), None],
+    ]
+
+
+def test_transfer_is_the_result(whole, page):
+    result = TransferResult.load(whole / "transfer" / "result.json")
+    section = page.sections["transfer"]
+    trace, expected = section["figures"][0]["data"][0], 100 * result.matrix()
+    assert trace["z"][2] == [None, None] and np.array(trace["z"][:2], float) == pytest.approx(expected[:2])
+    cell, row = result.cells[0], result.rows()[0]
+    assert section["tables"][0][1][:7] == [
+        *("two-digit sums", "key +", "1", "20", "100.0%", f"{100 * cell.accuracy:.1f}%"),
+        f"{100 * cell.relative_drop_correct:+.1f}%",
+    ]
+    for text in (f"p 0.03, q {row['q']:.2g}", f"{100 * row['random_mean']:.1f}%", f"{100 * cell.low:+.1f}% .. "):
+        assert text in trace["hovertext"][0][0], trace["hovertext"][0][0]
+    assert "never gets these right, so there is nothing to knock out: never right." in section["text"]
+
+
+def test_how_it_was_made(whole, page):
+    record, text = json.loads((whole / "run.json").read_text()), page.sections["provenance"]["text"]
+    for value in (record["model"]["fingerprint"], record["runs"]["*"]["data"]["hash"], record["versions"]["torch"]):
+        assert value in text
+    steps = [row[0] for row in page.sections["provenance"]["tables"][0][1:]]
+    assert steps == ["discover", "knockout", "analysis", "transfer"]
+
+
+def test_one_operator_has_no_tabs_and_a_reason_for_what_was_not_done(hostile):
+    page = made(hostile)
+    assert not [a for _, a in page.tags if a.get("role") == "tab"]
+    assert "Not done: the run has one operator." in page.sections["overlap"]["text"]
+    assert page.sections["overlap"]["figures"] == []
+
+
+def test_figures_are_what_plotly_knows(page):
+    from plotly.graph_objects import Figure
+
+    def coloured(value):
+        if isinstance(value, dict):
+            return {key: coloured(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [coloured(one) for one in value]
+        scale = isinstance(value, str) and value in ("@diverging", "@sequential")
+        return "RdBu" if scale else "#123456" if isinstance(value, str) and value.startswith("@") else value
+
+    for section in page.sections.values():
+        for figure in section["figures"]:
+            Figure(coloured(figure))  # refuses unknown names and bad values
+
+
+def test_colours_are_in_both_palettes(page):
+    figures = json.dumps([section["figures"] for section in page.sections.values()])
+    named = set(re.findall(r'"@([\w-]+)(?:/[\d.]+)?"', figures)) - {"diverging", "sequential"}
+    named |= {"low", "low-1", "zero", "high-1", "high"}  # of the scales, in report.js
+    light, dark = (set(re.findall(r"--([\w-]+): #[0-9a-f]{6}", part)) for part in STYLE.split("@media", 2)[:2])
+    assert named <= light and light == dark and len(named) > 12
+
+
+# foreign text
+
+
+def test_foreign_text_stays_text(hostile):
+    page = made(hostile)
+    assert len(page.scripts) == 2 and not [tag for tag, _ in page.tags if tag in ("img", "b", "i")]
+    assert page.source.count("<script>") == 2 and "onerror=&#34;" in page.source
+    for name in ("attention", "lens", "transfer", "provenance"):
+        assert HOSTILE in page.sections[name]["text"].replace("\\n", ""), name
+    inside = json.dumps([section["figures"] for section in page.sections.values()])
+    assert "onerror" in inside and not re.search(r"<(?!/?b>|br>)", inside)  # our own bold and line ends only
+    assert "&lt;/script&gt;&lt;script&gt;" in inside and "&amp;lt;i&amp;gt;" in inside
+    assert "49" not in page.sections["lens"]["tables"][0][1][1]  # no template in a template
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a <b>&amp;", "a &lt;b&gt;&amp;amp;"),
+        ("two\nlines\t", "two\\nlines\\t"),
+        ("\u202eright to left", "\\u202eright to left"),
+        ("\udcff", "\\udcff"),
+        ("x" * 300, "x" * 199 + "\u2026"),
+        ("7 \u00d7 8", "7 \u00d7 8"),
+    ],
+)
+def test_labels(text, shown):
+    assert blocks.label(text) == shown
+
+
+def test_unknown_numbers_are_no_numbers():
+    assert [form(float("nan")) for form in (blocks.percent, blocks.share, blocks.small)] == ["n/a"] * 3
+    assert blocks.between(float("nan"), 1.0) == "" and blocks.number("") != blocks.number("")
+
+
+# what is never shown as if right
+
+
+def damage(run: Path, how: str, tmp_path: Path) -> str:
+    """Spoil the step knockout; returns what the page has to say."""
+    path = run / "knockout" / "knockout.json"
+    record = json.loads(path.read_text())
+    if how == "another run":
+        other = report_runs.write_run(tmp_path / "other", seed=1)
+        report_runs.add_knockout(other)
+        shutil.rmtree(run / "knockout")
+        shutil.copytree(other / "knockout", run / "knockout")
+        return "knockout/ belongs to another run"
+    if how == "changed file":
+        (run / "knockout" / "knockout.csv").write_text("operator\n")
+        return "the files in knockout/ are not those that the step wrote"
+    if how == "missing file":
+        (run / "knockout" / "knockout.csv").unlink()
+        return "the files in knockout/ are not those that the step wrote"
+    if how == "changed settings":
+        record["settings"]["k"] = [1, 3]
+        path.write_text(json.dumps(record))
+        return "the files in knockout/ are not those that the step wrote"
+    if how == "newer":
+        path.write_text(json.dumps(record | {"format": 99}))
+        return "has format 99, this version of pyarith reads up to 1"
+    if how == "another tool":
+        path.write_text(json.dumps(record | {"tool": "else"}))
+        return "was not written by pyarith"
+    if how == "half a record":
+        path.write_text(path.read_text()[:300])
+        return "knockout/knockout.json is not the whole record of a step"
+    path.unlink()
+    return "knockout/ was not finished"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("another run", "changed file", "missing file", "changed settings", "newer", "another tool"),
+        *("half a record", "no record"),
+    ],
+)
+def test_a_step_that_does_not_belong_is_not_shown(run, tmp_path, how):
+    words = damage(run, how, tmp_path)
+    report = write_report(SavedRun.open(run))
+    section = Page(report.path).sections["knockout"]
+    assert words in section["text"] and f"pyarith knockout {run} --force makes it." in section["text"]
+    assert section["figures"] == section["tables"] == [] and "Knock-outs" not in report.shown
+    assert len(report.missing) == 1 and words in report.missing[0]
+
+
+def test_a_record_without_its_parts_is_one_clear_error(run):
+    path = run / "analysis" / "analysis.json"
+    record = json.loads(path.read_text())
+    del record["mlp"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"analysis cannot be shown: .*KeyError: 'mlp'.*--force"):
+        write_report(SavedRun.open(run))
+    assert not (run / "report.html").exists()
+
+
+def test_a_failed_write_leaves_the_old_report(run, monkeypatch):
+    old = file_hash(write_report(SavedRun.open(run)).path)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pyarith.reporting.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(SavedRun.open(run))
+    assert file_hash(run / "report.html") == old
+
+
+def test_a_file_of_someone_else_is_not_overwritten(run):
+    (run / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(InputError, match=r"report\.html is there and was not written by pyarith report"):
+        write_report(SavedRun.open(run))
+    assert (run / "report.html").read_text() == "<p>mine</p>"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_new_run_takes_the_report_of_the_old_one_with_it(run, ours):
+    if ours:
+        write_report(SavedRun.open(run))
+    else:
+        (run / "report.html").write_text("<p>mine</p>")
+    report_runs.write_run(run, seed=2)
+    assert (run / "report.html").exists() is not ours and RunDirectory(run)
+
+
+# the command
+
+
+def test_command_says_what_it_wrote_and_what_is_missing(run):
+    shutil.rmtree(run / "transfer")
+    done = CliRunner().invoke(app, ["report", str(run)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("Shown: Overview, Heads, MLPs, How sure, Knock-outs, Attention")
+    assert f"Transfer: Not done yet. pyarith transfer {run}\n" in done.stdout
+    assert f"Wrote {run / 'report.html'} (" in done.stdout
+    again = CliRunner().invoke(app, ["report", str(run / "nowhere")])
+    assert again.exit_code == 2 and "RUN_DIR: no folder" in again.stderr and again.stderr.count("\n") == 1
