@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarith.demo.data import SHARES, TASKS, UNSCORED, Problem
 from pyarith.demo.vocabulary import build_tokenizer
+from pyarith.errors import check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,9 @@ EVALUATION_SEED = 10_000_019  # its stream of problems is not the training strea
 POOL = 1024  # lines drawn at a time
 SETTINGS: dict[str, Any] = {
     **{"seed": 0, "steps": 4000, "tokens": 2048, "lr": 2e-3, "warmup": 200, "weight_decay": 0.1, "clip": 1.0},
-    **{"layers": 6, "heads": 8, "d_model": 128, "d_mlp": 384, "weak": "/", "weak_target": 0.5, "threads": 1},
-    **{"early_layers": 2, "early_rate": 0.05, "mastered_share": 0.5},
+    # kv_heads: key-value heads, fewer than heads share them in groups (GQA); 0 = as many as heads
+    **{"layers": 6, "heads": 8, "kv_heads": 0, "d_model": 128, "d_mlp": 384, "weak": "/", "weak_target": 0.5},
+    **{"threads": 1, "early_layers": 2, "early_rate": 0.05, "mastered_share": 0.5},
 }
 
 
@@ -95,9 +97,20 @@ def accuracy_table(model: Any, tokenizer: Any, count: int = 500, seed: int = EVA
 
 
 def build_model(tokenizer: Any, settings: dict[str, Any]) -> Any:
-    """An untrained model of the demo's shape."""
+    """An untrained model of the demo's shape.
+
+    Raises:
+        InputError: the heads do not divide the model's width, or the key-value heads do not divide the heads.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads, kv_heads = settings["heads"], settings["kv_heads"] or settings["heads"]
+    fits = min(heads, kv_heads) > 0 and settings["d_model"] % heads == 0 and heads % kv_heads == 0
+    check(
+        fits,
+        f"kv_heads, heads, d_model: expected each to divide the next, got {kv_heads}, {heads}, {settings['d_model']}",
+    )
 
     torch.manual_seed(settings["seed"])
     return LlamaForCausalLM(
@@ -106,8 +119,8 @@ def build_model(tokenizer: Any, settings: dict[str, Any]) -> Any:
             hidden_size=settings["d_model"],
             intermediate_size=settings["d_mlp"],
             num_hidden_layers=settings["layers"],
-            num_attention_heads=settings["heads"],
-            num_key_value_heads=settings["heads"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
             max_position_embeddings=256,
             tie_word_embeddings=False,
             bos_token_id=tokenizer.bos_token_id,
@@ -192,6 +205,17 @@ def save(out: Path, model: Any, tokenizer: Any, settings: dict[str, Any], log: l
     record = {"settings": settings, "problems_per_task": 500, "accuracy": table}
     (out / "accuracy.json").write_text(json.dumps(record, indent=2) + "\n")
     return table
+
+
+def command_of(folder: Path) -> str:
+    """The command that trained the model in a folder, from what `save` left there; empty for any other model."""
+    try:
+        settings = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))["settings"]
+        changed = {name: settings[name] for name, value in SETTINGS.items() if settings.get(name, value) != value}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
+    return f"python -m pyarith.demo.train --out {folder.as_posix()}{options}"
 
 
 def main() -> None:
