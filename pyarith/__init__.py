@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
     from pyarith.tuning import SelectiveTuner as SelectiveTuner
+    from pyarith.tuning import TuneSettings as TuneSettings
+    from pyarith.tuning import precise_sft as precise_sft
     from pyarith.types import Head as Head
 
 __version__ = "0.1.0"
@@ -48,6 +50,8 @@ _PUBLIC = {
     "ResampleAblation": "pyarith.engine.baselines",
     "boost": "pyarith.engine.boost",
     "SelectiveTuner": "pyarith.tuning",
+    "TuneSettings": "pyarith.tuning",
+    "precise_sft": "pyarith.tuning",
     "load_demo": "pyarith.demo",
     "tasks": None,
     "analysis": None,

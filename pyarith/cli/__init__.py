@@ -13,6 +13,7 @@ from pyarith.cli.command_doctor import doctor
 from pyarith.cli.command_knockout import knockout
 from pyarith.cli.command_report import report
 from pyarith.cli.command_reproduce import reproduce
+from pyarith.cli.command_tune import tune
 
 app = typer.Typer(
     name="pyarith",
@@ -29,6 +30,7 @@ app.command()(knockout)
 app.command()(analyze)
 app.command()(report)
 app.command()(reproduce)
+app.command()(tune)
 app.command()(doctor)
 
 

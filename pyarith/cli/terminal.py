@@ -46,8 +46,9 @@ class Terminal:
             yield
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int, int], None] | bool]:
-        """A progress function ``(done, total)`` for ``fast_patch``, or False where stderr is not a terminal."""
+    def bar(self, what: str, total: int) -> Iterator[Callable[..., None] | bool]:
+        """A progress function ``(done, total, more="")`` for ``fast_patch`` and others, or False where stderr is not a
+        terminal; ``more`` stands behind ``what``."""
         if not self.err.is_terminal:
             yield False
             return
@@ -57,8 +58,8 @@ class Terminal:
         with Progress(*columns, console=self.err, transient=True) as progress:
             task = progress.add_task(what, total=total)
 
-            def advance(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
+            def advance(done: int, total: int, more: str = "") -> None:
+                progress.update(task, completed=done, total=total, description=f"{what}{more}")
 
             yield advance
 

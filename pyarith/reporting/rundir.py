@@ -23,7 +23,7 @@ from pyarith.reporting.versions import versions as versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS = ("knockout", "analysis")  # what later commands add to a run; gone with the run they belong to
+STEPS = ("knockout", "analysis", "tune")  # what later commands add to a run; gone with the run they belong to
 _STAGE = ".partial"
 
 
@@ -97,8 +97,10 @@ class RunDirectory:
             old = (root / name).resolve()
             if old.is_relative_to(root) and old.is_file():
                 old.unlink()
-                if old.parent != root and not any(old.parent.iterdir()):
-                    old.parent.rmdir()
+                for folder in old.parents:
+                    if folder == root or any(folder.iterdir()):
+                        break
+                    folder.rmdir()
         self._old = []
 
     def add_discovery(

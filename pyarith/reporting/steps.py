@@ -1,4 +1,4 @@
-"""Steps that follow a discovery and live in its run directory: ``knockout/``, ``analysis/``.
+"""Steps that follow a discovery and live in its run directory: ``knockout/``, ``analysis/``, ``tune/``.
 
 A step's files are written to a hidden folder first and moved when all are there; its record, which lists them with
 their hashes, comes last. So a step without a record, or whose files do not fit it, was not finished.
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,12 +75,24 @@ class Step:
         return self._old
 
     def file(self, name: str) -> Path:
-        """Where to write a file of the step; it gets to its place with ``finish``."""
+        """Where to write a file of the step, its folder made; it gets to its place with ``finish``."""
+        path = self._begin(name)
+        self._names.append(name)
+        return path
+
+    def add_folder(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Let ``write`` fill a folder; the step has all files that are in it then."""
+        folder = self._begin(name)
+        write(folder)
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        self._names += [path.relative_to(self._stage).as_posix() for path in found]
+
+    def _begin(self, name: str) -> Path:
         if not self._names:
             shutil.rmtree(self._stage, ignore_errors=True)  # what a kill left behind
-            self._stage.mkdir()
-        self._names.append(name)
-        return self._stage / name
+        path = self._stage / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def add_figure(self, name: str, figure: Figure) -> None:
         """Write a picture."""
@@ -105,12 +118,14 @@ class Step:
         self.folder.mkdir(exist_ok=True)
         # without a record nothing in the folder counts as finished, so a kill from here on costs the step, no more
         self.record_path.unlink(missing_ok=True)
+        root = self.folder.resolve()
         for name in self._old.get("hashes", {}):
-            old = self.folder / Path(name).name
-            if old.is_file():
+            old = (root / name).resolve()
+            if old.is_relative_to(root) and old.is_file():
                 old.unlink()
         for name in self._names:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._stage / name, self.folder / name)
         write_json(self.record_path, record)
-        self._stage.rmdir()
+        shutil.rmtree(self._stage)
         return [*(self.folder / name for name in self._names), self.record_path]

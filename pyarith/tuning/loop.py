@@ -103,9 +103,11 @@ class History:
     ``loss`` is the weighted one, ``task_loss`` and ``general_loss`` (NaN without replay) the mean cross-entropy over
     completion tokens; ``grad_norm`` is before clipping and before an optimizer's own factor; ``completion_tokens`` and
     ``tokens`` were counted without padding; ``seconds`` and ``memory`` (bytes) are of the step, and the peak so far.
+    ``resumed_at`` is the number of steps in the checkpoint that the run went on from.
     """
 
     columns: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
+    resumed_at: int | None = None
 
     def __len__(self) -> int:
         return len(self.columns["loss"])
@@ -254,6 +256,7 @@ class _Run:
         self.scheduler.load_state_dict(saved.values["schedule"])
         for name, values in saved.part("history").items():
             self.history.columns[name] = values.tolist()
+        self.history.resumed_at = len(self.history)
         random = saved.part("random")
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:

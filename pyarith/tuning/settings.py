@@ -127,6 +127,10 @@ class TuneSettings:
         """All values by name."""
         return asdict(self)
 
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to be the same one: all but how often checkpoints are written."""
+        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

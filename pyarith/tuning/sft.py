@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pyarith.engine.memory import is_out_of_memory
-from pyarith.engine.planner import parse_bytes
 from pyarith.engine.references import fingerprint
 from pyarith.errors import InputError, MemoryBudgetError, check
 from pyarith.models.sites import ModelSites, length_limits, resolve
@@ -201,12 +200,19 @@ def tune(
         n_parameters=tuner.n_parameters,
         state_bytes=tuner.state_bytes,
         history=arrays,
+        steps_per_epoch=batches.steps_per_epoch,
+        resumed_at=history.resumed_at,
         settings={**settings.record(), "grad_scale_used": factor, "lr_used": settings.lr * settings.lr_scale},
         data=data,
         base=base,
         seconds={"training": float(arrays["seconds"].sum()), "with preparation": time.perf_counter() - start},
         memory=peak_memory(sites.device),
     )
+
+
+def steps_of(examples: Examples, settings: TuneSettings) -> int:
+    """Optimizer steps of a run on these examples."""
+    return n_steps(settings, _batches(examples, settings, settings.batch_size, 0))
 
 
 def objective(sites: ModelSites) -> Callable[[MicroBatch], torch.Tensor]:
@@ -233,10 +239,9 @@ def _batches(examples: Examples, settings: TuneSettings, size: int, stream: int)
 
 
 def _identity(tuner: SelectiveTuner, settings: TuneSettings, data: dict[str, Any], base: str) -> dict[str, Any]:
-    """What makes two runs the same; where checkpoints lie and how often they are written does not count."""
-    kept = {name: value for name, value in settings.record().items() if name != "save_every"}
+    """What makes two runs the same, as far as the caller chooses it."""
     return {
-        "settings": {**kept, "prefix_cache": parse_bytes(settings.prefix_cache)},
+        "settings": settings.identity(),
         "heads": [str(head) for head in tuner.heads],
         "mlps": list(tuner.mlps),
         "data": {name: one["hash"] for name, one in data.items()},

@@ -33,6 +33,8 @@ class TuneResult:
         state_bytes: bytes of the slices, their gradients, and AdamW's moments.
         history: column -> fp64 [step]; ``loss``, ``task_loss``, ``general_loss`` (NaN without replay), ``lr``,
             ``grad_norm``, ``completion_tokens``, ``tokens``, ``seconds``, ``memory``.
+        steps_per_epoch: steps in which every example is seen once.
+        resumed_at: steps in the checkpoint that the run went on from; None where it was not interrupted.
         settings: all of ``TuneSettings``, and the gradient factor and learning rate that came of them.
         data: where examples came from, how many, what was left out, their hash; of ``task`` and, if used, ``replay``.
         base: fingerprint of the model that the run began with.
@@ -47,6 +49,8 @@ class TuneResult:
     n_parameters: int
     state_bytes: dict[str, int]
     history: dict[str, np.ndarray]
+    steps_per_epoch: int
+    resumed_at: int | None
     settings: dict[str, Any]
     data: dict[str, dict[str, Any]]
     base: str
@@ -86,6 +90,8 @@ class TuneResult:
             "parameters": self.n_parameters,
             "state_bytes": self.state_bytes,
             "steps": self.n_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "resumed_at": self.resumed_at,
             "tokens": self.n_tokens,
             "completion_tokens": int(self.history["completion_tokens"].sum()),
             "loss": {"first": float(self.losses[0]), "last": float(self.losses[-1])},
