@@ -197,7 +197,7 @@ def _train(
     step.file("losses.csv").write_text(result.losses_csv(), encoding="utf-8")
     title = f"{Path(str(step.run.record['model']['name'])).name}: {len(chosen.heads)} heads, {len(layers)} MLPs"
     step.add_figure("loss.png", loss_figure(result.history, title, result.steps_per_epoch))
-    files = step.finish(result.record(), {**seconds, **result.seconds})
+    files = step.finish({"result": {**result.record(), "delta": "delta"}}, {**seconds, **result.seconds})
     place.unlink(missing_ok=True)
     terminal.line(repr(result))
     for file in files:
@@ -264,7 +264,8 @@ def _say_data(terminal: Terminal, source: str, examples: Examples) -> None:
 
     made = examples.settings
     how = [f"layout {made['layout']}"] if "layout" in made else []
-    how += [f"space with the {made['space']}"] if made.get("space") in ("answer", "prompt") else []
+    spaces = {"answer": "space before the completion", "prompt": "space behind the prompt"}
+    how += [spaces[made["space"]]] if made.get("space") in spaces else []
     how += ["end of text added"] if made.get("eos") else []
     terminal.line(f"{source}: {examples!r}{''.join(f', {one}' for one in how)}")
     for line in left_out(examples):
