@@ -15,6 +15,7 @@ from pyarith.errors import UnsupportedModelError, check
 from pyarith.tuning.data import Examples
 
 IGNORED = -100  # targets that do not count, as in transformers
+_GROUPS = 2  # streams of the order of groups, behind those of task and replay
 # a packed example's logits may differ from those it has alone by this much of the largest
 _ALIKE = {torch.float64: 1e-4, torch.float32: 1e-3}
 _ALIKE_16_BIT = 0.1
@@ -64,8 +65,9 @@ def order(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
 class Batches:
     """Optimizer steps over examples, epoch after epoch; any step can be made without those before it.
 
-    Step s of an epoch takes the examples order[s * batch_size : (s + 1) * batch_size]; the last step of an epoch may
-    have fewer. Within a step examples of like length go together, which changes no sum but that of rounding.
+    Step s of an epoch takes the examples order[s * batch_size : (s + 1) * batch_size] of the epoch's order; the last
+    such step may have fewer. Without ``regroup`` the groups are those of the first order in every epoch, and come in an
+    order of their own. Within a step examples of like length go together, which changes no sum but that of rounding.
 
     Attributes:
         examples: what is trained on.
@@ -74,6 +76,7 @@ class Batches:
         seed: of the order.
         stream: another order of the same seed, for data beside the first.
         packed: tokens of a row that holds several examples; None = one example a row.
+        regroup: other groups in every epoch.
     """
 
     examples: Examples
@@ -82,6 +85,7 @@ class Batches:
     seed: int = 0
     stream: int = 0
     packed: int | None = None
+    regroup: bool = True
 
     def __post_init__(self) -> None:
         longest = int(self.examples.lengths.max())
@@ -95,6 +99,9 @@ class Batches:
     def chosen(self, step: int) -> np.ndarray:
         """int64 [example], the examples of optimizer step ``step``, counted from 0 over all epochs."""
         epoch, at = divmod(step, self.steps_per_epoch)
+        if not self.regroup:
+            at = int(order(self.steps_per_epoch, self.seed, epoch, self.stream + _GROUPS)[at])
+            epoch = 0
         every = order(len(self.examples), self.seed, epoch, self.stream)
         return every[at * self.batch_size : (at + 1) * self.batch_size]
 
