@@ -65,8 +65,8 @@ class Forecast:
         return {**asdict(self), "seconds": self.seconds}
 
 
-def parse_bytes(value: Any) -> int | None:
-    """Bytes from an int or a text such as "2GiB".
+def parse_bytes(value: Any, name: str = "memory_budget") -> int | None:
+    """Bytes from an int or a text such as "2GiB"; ``name`` is the argument that a message is about.
 
     Raises:
         InputError: anything else, or not positive.
@@ -75,9 +75,9 @@ def parse_bytes(value: Any) -> int | None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     if match is None or match[2].upper() not in _UNITS or isinstance(value, bool):
-        raise InputError(f"memory_budget: expected bytes or a text such as '512MiB' or '2GB', got {value!r}")
+        raise InputError(f"{name}: expected bytes or a text such as '512MiB' or '2GB', got {value!r}")
     size = int(float(match[1]) * _UNITS[match[2].upper()])
-    check(size > 0, f"memory_budget: expected more than 0 bytes, got {value!r}")
+    check(size > 0, f"{name}: expected more than 0 bytes, got {value!r}")
     return size
 
 
