@@ -10,7 +10,9 @@ from pyarith.cli.command_analyze import analyze
 from pyarith.cli.command_demo import demo
 from pyarith.cli.command_discover import discover
 from pyarith.cli.command_doctor import doctor
+from pyarith.cli.command_evaluate import evaluate
 from pyarith.cli.command_knockout import knockout
+from pyarith.cli.command_merge import merge
 from pyarith.cli.command_report import report
 from pyarith.cli.command_reproduce import reproduce
 from pyarith.cli.command_tune import tune
@@ -31,6 +33,8 @@ app.command()(analyze)
 app.command()(report)
 app.command()(reproduce)
 app.command()(tune)
+app.command()(merge)
+app.command()(evaluate)
 app.command()(doctor)
 
 

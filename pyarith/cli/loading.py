@@ -17,6 +17,7 @@ DTYPES = {
     **{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"},
     **{"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"},
 }
+DEMO = "demo"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SECONDS = 10  # to wait for the hub's answer
 
@@ -39,7 +40,8 @@ def load(
     trust_remote_code: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
-    """Load ``name``: a folder if there is one, else a name on the Hugging Face hub or in its local cache.
+    """Load ``name``: a folder if there is one, "demo" for the shipped model, else a name on the Hugging Face hub or in
+    its local cache.
 
     Args:
         name: path or hub name.
@@ -58,6 +60,10 @@ def load(
     known = ", ".join(["auto", *DTYPES])
     check(dtype == "auto" or dtype in DTYPES, f"dtype: expected one of {known}, got {dtype!r}")
     place = _device(device)
+    if name == DEMO and not Path(name).exists():
+        from pyarith.demo import MODEL_DIR
+
+        name = str(MODEL_DIR)
     where, local, commit = _find(name, revision, note)
     source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     source |= {} if revision is None or Path(where).is_dir() else {"revision": revision}

@@ -94,7 +94,7 @@ def transfer(
     fits = baseline in _BASELINES if isinstance(baseline, str) else isinstance(baseline, Baseline)
     check(fits, f"baseline: expected one of {_BASELINES} or a Baseline, got {baseline!r:.80}")
     lists = _lists(head_lists, sites)
-    given = _tasks(tasks, tokenizer, n, seed)
+    given = as_tasks(tasks, tokenizer, n, seed)
     sets = {name: _sets(one, controls, draws, seed, sites) for name, one in lists.items()}
     flat = list(dict.fromkeys(s for some in sets.values() for arm in some.values() for s in arm))
     cells, names = [], {}
@@ -141,7 +141,12 @@ def _lists(head_lists: Any, sites: ModelSites) -> dict[str, HeadList]:
     return found
 
 
-def _tasks(tasks: Any, tokenizer: Any, n: int, seed: int) -> dict[str, Task]:
+def as_tasks(tasks: Any, tokenizer: Any, n: int, seed: int) -> dict[str, Task]:
+    """Tasks by name, from a mapping or from names of tasks; see ``transfer``.
+
+    Raises:
+        InputError, InputTypeError: none, an unknown name, or items that are none.
+    """
     if not isinstance(tasks, Mapping):
         listed = isinstance(tasks, list | tuple) and all(isinstance(name, str) for name in tasks)
         check(listed, "tasks: expected a mapping of names to items, or a list of names of tasks", InputTypeError)
