@@ -211,7 +211,7 @@ def test_every_kind_of_bad_row_is_named_in_one_error(tmp_path, demo):
         "a column is missing in 1 (row 6)",
         "no object and no (prompt, completion) in 1 (row 7)",
         "does not know in 1 (row 8)",
-        "more than max_length=10 tokens in 1 (row 9)",
+        "more than 10 tokens in 1 (row 9)",
         "correct them or pass on_bad='drop'",
     ):
         assert words in str(caught.value)

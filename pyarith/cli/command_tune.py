@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 # options that are settings of the same name; None leaves the preset's value
 _SETTINGS = (
     *("lr", "lr_scale", "grad_scale", "weight_decay", "max_grad_norm", "schedule", "warmup", "epochs", "steps"),
-    *("batch_size", "micro_batch_size", "max_length", "packing", "prefix_cache", "task_weight", "replay_batch_size"),
+    *(
+        "batch_size",
+        "micro_batch_size",
+        "max_length",
+        "packing",
+        "prefix_cache",
+        "regroup",
+        "task_weight",
+        "replay_batch_size",
+    ),
     *("kv", "stochastic_rounding", "seed", "save_every"),
 )
 _LINES = 10  # of progress where stderr is no terminal
@@ -77,6 +86,9 @@ def tune(
     packing: Annotated[bool | None, typer.Option("--packing", help="Several examples in a row.")] = None,
     prefix_cache: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Keep what lower layers give over epochs; bytes or 2GiB.")
+    ] = None,
+    regroup: Annotated[
+        bool | None, typer.Option("--regroup/--no-regroup", help="Other examples share a step in every epoch. [yes]")
     ] = None,
     task_weight: Annotated[float | None, typer.Option(metavar="X", help="Of the task's loss beside replay.")] = None,
     replay_batch_size: Annotated[
@@ -166,14 +178,12 @@ def _train(
     resume: bool,
 ) -> None:
     """Train, and write the step's files."""
-    from pyarith.engine.references import fingerprint
-    from pyarith.models.sites import resolve
     from pyarith.plots import loss_figure
     from pyarith.tuning import SelectiveTuner
     from pyarith.tuning.checkpoint import NAME
     from pyarith.tuning.sft import steps_of, tune
 
-    base, place = fingerprint(resolve(model)), step.folder / NAME
+    place = step.folder / NAME
     total = steps_of(examples["data"], settings)
     with SelectiveTuner(model, chosen.heads, layers, kv=settings.kv) as tuner:
         terminal.line(repr(tuner))
@@ -186,7 +196,6 @@ def _train(
                 tuner,
                 examples["data"],
                 settings,
-                base=base,
                 replay=examples.get("replay"),
                 checkpoint=place,
                 resume=resume,

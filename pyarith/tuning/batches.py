@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyarith.engine.guard import untouched
 from pyarith.errors import UnsupportedModelError, check
 from pyarith.tuning.data import Examples
 
@@ -154,7 +155,6 @@ def micro_batch(examples: Examples, rows: Sequence[tuple[int, ...]], packed: boo
     return MicroBatch(input_ids, position_ids, None if packed else mask, label_ids, tuple(map(tuple, rows)))
 
 
-@torch.no_grad()
 def check_isolated(model: Any, forward: Callable[..., Any], examples: Examples, rows: int) -> None:
     """Refuse packing where the examples of a row see each other.
 
@@ -174,16 +174,22 @@ def check_isolated(model: Any, forward: Callable[..., Any], examples: Examples, 
     shortest = np.argsort(examples.lengths, kind="stable")[:4].tolist()
     pairs = [(shortest[0], shortest[-1]), (shortest[len(shortest) // 2], shortest[0])][: min(rows, 2)]
     packed = micro_batch(examples, pairs, packed=True).to(device)
-    before = forward(**packed.inputs(), use_cache=False).logits
-    changed = packed.input_ids.clone()
     starts = [len(examples.ids[first]) for first, _ in pairs]
+
+    def logits(micro: MicroBatch, **changed: Tensor) -> Tensor:
+        with untouched(model):  # dropout would differ from call to call
+            found: Tensor = forward(**{**micro.inputs(), **changed}, use_cache=False).logits
+        return found
+
+    before = logits(packed)
+    changed = packed.input_ids.clone()
     for row, start in enumerate(starts):
         changed[row, :start] = (changed[row, :start] + 1) % before.shape[-1]
-    after = forward(**{**packed.inputs(), "input_ids": changed}, use_cache=False).logits
+    after = logits(packed, input_ids=changed)
     for row, start in enumerate(starts):
         second = pairs[row][1]
         stop = start + len(examples.ids[second])
-        own = forward(**micro_batch(examples, [(second,)]).to(device).inputs(), use_cache=False).logits[0]
+        own = logits(micro_batch(examples, [(second,)]).to(device))[0]
         kept, scale = before[row, start:stop], float(own.abs().max())
         leak, off = (float((kept - other).abs().max()) for other in (after[row, start:stop], own))
         if leak != 0 or not off <= _ALIKE.get(own.dtype, _ALIKE_16_BIT) * scale:

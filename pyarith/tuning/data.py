@@ -171,7 +171,7 @@ def load_examples(
         else:
             _of_text(table, columns, name, aligner, prompt, completion, space, eos, made)
     kept = made.within(max_length)
-    words = BAD if max_length is None else {**BAD, "too_long": f"more than max_length={max_length} tokens"}
+    words = BAD if max_length is None else {**BAD, "too_long": f"more than {max_length} tokens"}
     if made.first_refusal:
         words = {**words, "template": f"{BAD['template']} (first: {made.first_refusal})"}
     report_bad(made.bad, words, len(table), len(kept), f"{name}: expected a prompt and a completion", on_bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from pyarith.engine.planner import parse_bytes
 from pyarith.errors import InputError, check
 from pyarith.tuning.slices import KV
 
@@ -38,6 +39,8 @@ class TuneSettings:
         max_length: most tokens of an example; None = what the model allows. Longer ones are refused, never cut.
         packing: several examples in one row, kept apart by position and attention.
         prefix_cache: bytes (or "2GiB") for what the layers below the trained ones give, kept over epochs; None = none.
+        regroup: other examples share a step in every epoch; False: always the same, in another order of steps. Only
+            then a prefix cache gives the bits of a run without one (else equal up to rounding) and serves packed rows.
         task_weight: weight of the task's loss beside that of general data (lambda); 1 = without.
         replay_batch_size: examples of general data in an optimizer step; None = as many as of the task.
         kv: "group" trains keys and values that the chosen heads read, "none" does not.
@@ -62,6 +65,7 @@ class TuneSettings:
     max_length: int | None = None
     packing: bool = False
     prefix_cache: int | str | None = None
+    regroup: bool = True
     task_weight: float = 1.0
     replay_batch_size: int | None = None
     kv: str = "group"
@@ -87,11 +91,19 @@ class TuneSettings:
         )
         for name in ("epochs", "batch_size", "micro_batch_size"):
             check(_is_count(getattr(self, name)), f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")
+        for name in ("packing", "regroup", "stochastic_rounding"):
+            value = getattr(self, name)
+            check(isinstance(value, bool), f"{name}: expected True or False, got {value!r}")
         for name in ("steps", "max_length", "replay_batch_size", "save_every"):
             value = getattr(self, name)
             check(value is None or _is_count(value), f"{name}: expected None or a whole number >= 1, got {value!r}")
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         check(whole, f"seed: expected a whole number >= 0, got {self.seed!r}")
+        parse_bytes(self.prefix_cache, "prefix_cache")
+        check(
+            self.prefix_cache is None or self.regroup is False or not self.packing,
+            "prefix_cache: expected regroup=False beside packing, since packed rows are found again as a whole only",
+        )
         for name, known_values in (("schedule", SCHEDULES), ("kv", KV)):
             value = getattr(self, name)
             check(value in known_values, f"{name}: expected one of {', '.join(known_values)}, got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 
 from pyarith.engine.memory import is_out_of_memory
-from pyarith.engine.references import fingerprint
 from pyarith.errors import InputError, MemoryBudgetError, check
+from pyarith.models.fingerprint import model_fingerprint
 from pyarith.models.sites import ModelSites, length_limits, resolve
 from pyarith.tuning.batches import Batches, MicroBatch, check_isolated
 from pyarith.tuning.checkpoint import NAME, Checkpoint
 from pyarith.tuning.data import Examples, load_examples
 from pyarith.tuning.loop import Progress, Trainee, n_steps, peak_memory, train
 from pyarith.tuning.loss import label_loss
+from pyarith.tuning.prefix import PrefixCache
 from pyarith.tuning.selective import SelectiveTuner
 from pyarith.tuning.settings import BY_HEADS, PACKED, TuneSettings
 from pyarith.tuning.sft_result import TuneResult
@@ -69,7 +71,8 @@ def precise_sft(
         MemoryBudgetError: out of memory.
         StorageError: a file could not be written; the one before is still there.
     Notes: on an error and on Ctrl-C the model keeps the state after the last finished step. Same seed, same bits, as
-        far as the device's kernels are repeatable; interrupted and resumed gives the bits of the uninterrupted run.
+        far as the device's kernels are repeatable; interrupted and resumed gives the bits of the uninterrupted run
+        (with ``prefix_cache`` if ``regroup=False``, else up to rounding).
     References: Zhang et al. 2024, arXiv:2409.01659, sec. 5 (Precise SFT); replay of general data: arXiv:2403.19962.
 
     Examples:
@@ -84,14 +87,12 @@ def precise_sft(
     sites = resolve(model)
     examples = readable(sites, data, tokenizer, chosen, "data")
     general = None if replay is None else readable(sites, replay, tokenizer, chosen, "replay")
-    base = fingerprint(sites)
     place = None if out is None else Path(out)
     with SelectiveTuner(model, heads, mlps, kv=chosen.kv) as tuner:
         result = tune(
             tuner,
             examples,
             chosen,
-            base=base,
             replay=general,
             checkpoint=None if place is None else place / NAME,
             resume=resume,
@@ -135,7 +136,6 @@ def tune(
     examples: Examples,
     settings: TuneSettings,
     *,
-    base: str,
     replay: Examples | None = None,
     checkpoint: Path | None = None,
     resume: bool = True,
@@ -144,11 +144,10 @@ def tune(
     """``precise_sft`` for a tuner that is attached already, without writing anything but the checkpoint.
 
     Args:
-        base: fingerprint of the model before the tuner was attached.
         checkpoint: the file; None saves none.
     """
     model, start = tuner.model, time.perf_counter()
-    sites = resolve(model)
+    sites, base = resolve(model), model_fingerprint(model)
     factor = grad_scale(sites, tuner, settings)
     data = {"task": examples.record()} | ({} if replay is None else {"replay": replay.record()})
     identity = _identity(tuner, settings, data, base)
@@ -178,7 +177,9 @@ def tune(
     if sites.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(sites.device)
     devices = [sites.device] if sites.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    budget = settings.prefix_cache
+    cache = nullcontext() if budget is None else PrefixCache(tuner, budget, exact=not settings.regroup)
+    with torch.random.fork_rng(devices), cache:
         torch.manual_seed(settings.seed)
         try:
             history = train(
@@ -207,6 +208,7 @@ def tune(
         base=base,
         seconds={"training": float(arrays["seconds"].sum()), "with preparation": time.perf_counter() - start},
         memory=peak_memory(sites.device),
+        prefix_cache=None if isinstance(cache, nullcontext) else cache.stats(),
     )
 
 
@@ -235,7 +237,7 @@ def grad_scale(sites: ModelSites, tuner: SelectiveTuner, settings: TuneSettings)
 
 def _batches(examples: Examples, settings: TuneSettings, size: int, stream: int) -> Batches:
     packed = max(PACKED, int(examples.lengths.max())) if settings.packing else None
-    return Batches(examples, size, settings.micro_batch_size, settings.seed, stream, packed)
+    return Batches(examples, size, settings.micro_batch_size, settings.seed, stream, packed, settings.regroup)
 
 
 def _identity(tuner: SelectiveTuner, settings: TuneSettings, data: dict[str, Any], base: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class TuneResult:
         base: fingerprint of the model that the run began with.
         seconds: of the training steps, and with the preparation.
         memory: bytes, the most that tensors took on a GPU, or that the process took since it began.
+        prefix_cache: what ``PrefixCache.stats`` says, or None.
         delta: folder of the trained slices, where they were saved.
     """
 
@@ -56,6 +57,7 @@ class TuneResult:
     base: str
     seconds: dict[str, float]
     memory: int
+    prefix_cache: dict[str, Any] | None = None
     delta: Path | None = None
 
     @property
@@ -100,6 +102,7 @@ class TuneResult:
             "base": self.base,
             "seconds": self.seconds,
             "memory": self.memory,
+            "prefix_cache": self.prefix_cache,
             "delta": None if self.delta is None else str(self.delta),
         }
 
