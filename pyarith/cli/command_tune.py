@@ -202,7 +202,7 @@ def _train(
                 progress=_progress(terminal, bar),
             )
         with terminal.step("Writing"):
-            step.add_folder("delta", tuner.save_delta)
+            step.add_folder("delta", lambda folder: tuner.save_delta(folder, result.made_by()))
     step.file("losses.csv").write_text(result.losses_csv(), encoding="utf-8")
     title = f"{Path(str(step.run.record['model']['name'])).name}: {len(chosen.heads)} heads, {len(layers)} MLPs"
     step.add_figure("loss.png", loss_figure(result.history, title, result.steps_per_epoch))

@@ -279,10 +279,7 @@ def _of_text(
         text = (
             values[needed[0]] if plain else template.format_map({key: value.strip() for key, value in values.items()})
         )
-        if not text.strip() or not answer.strip():
-            made.refuse("empty_completion" if text.strip() else "empty_prompt", number)
-        else:
-            texts[number] = (text, answer)
+        texts[number] = (text, answer)
     end, unknown = aligner.tokenizer.eos_token_id, aligner.tokenizer.unk_token_id
     check(not eos or end is not None, "eos: expected a tokenizer with an end-of-text token, this one has none")
     eos = end is not None if eos is None else eos
@@ -313,7 +310,7 @@ def _texts(row: Any, needed: list[str], column: str) -> tuple[dict[str, str], st
     if any(slot not in row for slot in [*needed, column]):
         return "missing_column"
     for slot in [*needed, column]:
-        if row[slot] is None:
+        if row[slot] is None or (isinstance(row[slot], str) and not row[slot].strip()):
             return "empty_completion" if slot == column else "empty_prompt"
         if not isinstance(row[slot], str | int | float) or isinstance(row[slot], bool):
             return "not_text"

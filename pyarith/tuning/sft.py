@@ -99,7 +99,7 @@ def precise_sft(
             progress=progress,
         )
         if place is not None:
-            tuner.save_delta(place / DELTA)
+            tuner.save_delta(place / DELTA, result.made_by())
             result = changed(result, delta=place / DELTA)
             result.save(place)
             (place / NAME).unlink(missing_ok=True)

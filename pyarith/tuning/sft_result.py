@@ -106,6 +106,10 @@ class TuneResult:
             "delta": None if self.delta is None else str(self.delta),
         }
 
+    def made_by(self) -> dict[str, Any]:
+        """What a delta says of its making."""
+        return {"settings": self.settings, "data": self.data, "steps": self.n_steps, "base": self.base}
+
     def losses_csv(self) -> str:
         """The steps as CSV; floats as short as they can be read back exactly."""
         file = io.StringIO()
