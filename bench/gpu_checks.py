@@ -18,6 +18,7 @@ from gpu_problems import (
     gated_act,
     head_write_rows,
     shared_prefix_attention,
+    slice_grad,
     vocab_logsumexp,
 )
 from gpu_work import Bench, Case
@@ -70,6 +71,13 @@ def problems(op: str, tiny: bool) -> Iterator[Build]:
         yield partial(shared_prefix_attention, **few, head=4, kv_head=2, pos=17, d_head=24)
         yield partial(shared_prefix_attention, **few, head=4, kv_head=4, pos=33, d_head=64, softcap=3.0, window=7)
         yield partial(shared_prefix_attention, variant=70, batch=2, head=wide // 128, kv_head=2, pos=65, d_head=128)
+    elif op == "slice_grad":
+        ragged, heads = ((1, 3), (5, 12), (12, 17)), ((0, 64), (wide - 128, wide))
+        yield partial(slice_grad, tokens=1, m=1, n=1)
+        yield partial(slice_grad, tokens=70, m=17, n=33, rows=ragged)
+        yield partial(slice_grad, tokens=70, m=33, n=20, rows=((3, 30),), columns=ragged, accumulate=True)
+        yield partial(slice_grad, tokens=wide, m=wide, n=wide, columns=heads, accumulate=True)
+        yield partial(slice_grad, tokens=wide, m=wide, n=wide, rows=heads)
     else:
         raise NotImplementedError(f"{op}: an op without problems in bench/gpu_checks.py would go unchecked")
 

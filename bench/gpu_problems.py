@@ -15,6 +15,7 @@ from pyarith import ops
 
 Tensor = torch.Tensor
 Arguments = dict[str, Tensor | None]
+Ranges = tuple[tuple[int, int], ...] | None
 EPS = 1e-5
 
 
@@ -248,6 +249,52 @@ def vocab_logsumexp(
         lambda t: (plain(t, torch.float64),),
         flop=2.0 * rows * d_model * d_vocab,
         rivals={} if bias or softcap else {"torch, logits in their dtype": (in_dtype, 4 * torch.finfo(dtype).eps)},
+    )
+
+
+def slice_grad(
+    draw: Draw, dtype: torch.dtype, tokens: int, m: int, n: int, rows: Ranges = None, columns: Ranges = None,
+    accumulate: bool = False,
+) -> Problem:  # fmt: skip
+    """Rivals: the gradient of the whole weight in the dtype of its inputs, then its slice; and the reference."""
+    sides = [(m, rows), (n, columns)]
+    index = [
+        torch.tensor([i for pair in ([(0, size)] if some is None else some) for i in range(*pair)], device=draw.device)
+        for size, some in sides
+    ]
+
+    def plain(t: Arguments, like: torch.dtype) -> Tensor:
+        found = t["left"][:, index[0]].to(like).T @ t["right"][:, index[1]].to(like)
+        return found + t["out"].to(like) if accumulate else found
+
+    def eager(t: Arguments) -> None:
+        t["out"] = plain(t, torch.float32)
+
+    def gathered(t: Arguments) -> None:
+        full = t["left"].T @ t["right"]
+        t["out"] = (full if rows is None else full[index[0]])[:, slice(None) if columns is None else index[1]].float()
+
+    def run(t: Arguments, backend: str) -> object:
+        return ops.slice_grad(**t, left_ranges=rows, right_ranges=columns, accumulate=accumulate, backend=backend)
+
+    rivals = {
+        "full gradient, gathered": (gathered, 4 * torch.finfo(dtype).eps),
+        "vendor product": (lambda t: run(t, "reference"), None),
+    }
+    shape = tuple(len(some) for some in index)
+    return Problem(
+        {"tokens": tokens, "m": m, "n": n, "rows": rows, "columns": columns},
+        {
+            "left": draw(tokens, m, dtype=dtype),
+            "right": draw(tokens, n, dtype=dtype),
+            "out": draw(*shape) if accumulate else draw.empty(*shape),
+        },
+        run,
+        eager,
+        lambda t: (plain(t, torch.float64),),
+        outs=() if accumulate else ("out",),
+        flop=2.0 * tokens * shape[0] * shape[1],
+        rivals={} if accumulate else rivals,
     )
 
 

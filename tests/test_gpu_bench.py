@@ -85,10 +85,16 @@ def test_rehearsal_runs_every_stage_and_needs_no_optional_package(tmp_path):
     assert output.startswith("seed 7\n")
     written = rows(out)
     from_stages = {
-        "kernels": {"check add_norm", "check gated_act", "check answer_logits", "check head_write_rows"},
+        "kernels": {
+            "check add_norm",
+            "check gated_act",
+            "check answer_logits",
+            "check head_write_rows",
+            "check slice_grad",
+        },
         "engine": {"check fast_patch"},
         "ceilings": {"copy", "gemm up", "gemm down", "gemm square"},
-        "ops": {"add_norm", "vocab_logsumexp", "ablate_heads", "shared_prefix_attention", "gate_up"},
+        "ops": {"add_norm", "vocab_logsumexp", "ablate_heads", "shared_prefix_attention", "slice_grad", "gate_up"},
         "fast_patch": {"llama2-7b, 16 tokens", "llama2-7b, 64 tokens"},
         "more": {"llama3-8b, 16 tokens"},
     }

@@ -12,6 +12,7 @@ from pyarith.ops.answer_logits import answer_logits
 from pyarith.ops.gated_act import gated_act
 from pyarith.ops.head_write_rows import head_write_rows
 from pyarith.ops.shared_prefix_attention import shared_prefix_attention
+from pyarith.ops.slice_grad import slice_grad
 from pyarith.ops.vocab_logsumexp import scratch_bytes as vocab_scratch_bytes
 from pyarith.ops.vocab_logsumexp import vocab_logsumexp
 
@@ -28,6 +29,7 @@ __all__ = [
     "native_info",
     "report",
     "shared_prefix_attention",
+    "slice_grad",
     "vocab_logsumexp",
     "vocab_scratch_bytes",
     "why_not",

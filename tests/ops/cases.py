@@ -115,6 +115,10 @@ def samples() -> dict[str, list[tuple]]:
             (q, cache, make(2, 7, 2, 5), own, make(3, 2, 2, 5, seed=1), lengths, torch.empty(3, 2, 4, 5), 0.5, 20.0, 3),
             (q, cache, make(2, 7, 2, 5), own, make(3, 2, 2, 5, seed=1), lengths, torch.empty(3, 2, 4, 5), 0.5, 0.0, 0),
         ],
+        "slice_grad": [
+            (make(9, 17), make(9, 12), torch.empty(7, 12), [0, 3, 5, 9], None, False),
+            (make(18, 17)[::2], make(9, 12), make(17, 10), None, [0, 4, 4, 10], True),
+        ],
         "head_write_rows": [
             (dz, w_o, make(2, 17), torch.empty(3, 2, 17)),
             (dz, w_o, None, torch.empty(3, 2, 17)),

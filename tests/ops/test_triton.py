@@ -28,7 +28,7 @@ ARCHS = ("80", "90", "100")
 # opt-in shared memory of a block: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; all variants keep to what sm_86, sm_89
 # and sm_120 have, whose code is compiled from the same launchers
 SHARED = 99 * 1024
-KERNELS = ("head_write_rows", "vocab_logsumexp", "shared_prefix_attention", "gate_up_candidate")
+KERNELS = ("head_write_rows", "vocab_logsumexp", "shared_prefix_attention", "slice_grad", "gate_up_candidate")
 VERSIONS = ("installed", "other")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -112,7 +112,7 @@ def test_triton_is_imported_only_when_a_kernel_starts():
     python("-c", code)
 
 
-@pytest.mark.parametrize("op", ("head_write_rows", "vocab_logsumexp", "shared_prefix_attention"))
+@pytest.mark.parametrize("op", ("head_write_rows", "vocab_logsumexp", "shared_prefix_attention", "slice_grad"))
 def test_auto_takes_triton_first_on_a_gpu_that_can(op, monkeypatch, tmp_path):
     folders("installed")
     monkeypatch.setattr(_registry, "_chosen", {})
@@ -181,26 +181,38 @@ def test_more_than_32_bits_of_elements_on_the_gpu():
     spread = buffer.as_strided(k.shape, (far, 16, 8, 1)).copy_(k)
     got = ops.shared_prefix_attention(q, spread, spread, q, q, lengths, scale=1.0, backend="triton")
     assert torch.allclose(got, expected, atol=1e-5)
+    left, ranges = make(3, 40).cuda(), ((0, 8), (16, 33))
+    expected, got = (torch.empty(25, 24, device="cuda") for _ in range(2))
+    ops.slice_grad(left, base, expected, ranges, backend="reference")
+    spread = buffer.as_strided(left.shape, (far, 1)).copy_(left)
+    assert torch.allclose(ops.slice_grad(spread, base, got, ranges, backend="triton"), expected, atol=1e-5)
+    assert torch.allclose(ops.slice_grad(base, spread, got.T.contiguous(), None, ranges), expected.T, atol=1e-5)
+    wide = buffer.as_strided((3, 24), (far, 1))
+    ops.slice_grad(left, base, wide, ((0, 2), (39, 40)), backend="triton")
+    ops.slice_grad(left, base, expected[:3], ((0, 2), (39, 40)), backend="reference")
+    assert torch.allclose(wide, expected[:3], atol=1e-5)
 
 
 @needs_gpu
 def test_captured_in_a_graph():
     dz, w_o, out = (t.cuda() for t in (make(3, 2, 16), make(2, 16, 24), torch.empty(2, 3, 24)))
     normed, total = make(5, 16).cuda(), torch.empty(5, device="cuda")
+    grad = torch.empty(9, 16, device="cuda")
 
-    def both():
+    def all_three():
         ops.head_write_rows(None, dz, w_o, out=out, backend="triton")
         ops.vocab_logsumexp(normed, normed, out=total, backend="triton")
+        ops.slice_grad(normed, normed, grad, ((0, 5), (8, 12)), backend="triton")  # a table is made on the device
 
-    both()  # compiles
-    expected = out.clone(), total.clone()
+    all_three()  # compiles
+    expected = out.clone(), total.clone(), grad.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        both()
-    out.fill_(torch.nan), total.fill_(torch.nan)
+        all_three()
+    out.fill_(torch.nan), total.fill_(torch.nan), grad.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out, expected[0]) and torch.equal(total, expected[1])
+    assert all(map(torch.equal, (out, total, grad), expected))
 
 
 def main() -> None:

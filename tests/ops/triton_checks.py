@@ -19,7 +19,7 @@ from cases import eager_gated_act, entry, make, oracle_gated_act
 from tolerances import assert_within_rule
 
 from pyarith import ops
-from pyarith.ops._triton import head_write_rows, shared_prefix_attention, vocab_logsumexp
+from pyarith.ops._triton import head_write_rows, shared_prefix_attention, slice_grad, vocab_logsumexp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import gate_up_candidate
@@ -31,6 +31,7 @@ INTERPRETED = {
     "head_write_rows": head_write_rows.launch,
     "vocab_logsumexp": vocab_logsumexp.launch,
     "shared_prefix_attention": shared_prefix_attention.launch,
+    "slice_grad": slice_grad.launch,
 }
 
 
@@ -40,18 +41,31 @@ def placed(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
         return None
     extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     buffer = torch.full((extent + 2 * EDGE,), torch.nan, dtype=tensor.dtype, device=device)
-    return buffer.as_strided(tensor.shape, tensor.stride(), EDGE).copy_(tensor)
+    view = buffer.as_strided(tensor.shape, tensor.stride(), EDGE)
+    once = tuple(slice(None if step else 1) for step in tensor.stride())  # what is repeated is written once
+    view[once] = tensor[once]
+    return view
 
 
-def run(op: str, device: str, tensors: list[torch.Tensor | None], shape: tuple, dtype: torch.dtype, at: int, *scalars):
+def run(
+    op: str,
+    device: str,
+    tensors: list[torch.Tensor | None],
+    shape: tuple,
+    dtype: torch.dtype,
+    at: int,
+    *scalars,
+    start: torch.Tensor | None = None,
+):
     """The kernel's result: ``tensors`` placed, the result inserted as argument ``at``; through the registry on a GPU.
 
-    On a GPU it runs twice, the second time on another stream, with bitwise the same result.
+    The result begins as ``start``, or as NaN. On a GPU it runs twice, the second time on another stream, with bitwise
+    the same result.
     """
     place = [placed(t, device) if t is None or t.is_floating_point() else t.to(device) for t in tensors]
     results = []
     for stream in (None,) if device == "cpu" else (None, torch.cuda.Stream()):
-        out = placed(torch.full(shape, torch.nan, dtype=dtype), device)
+        out = placed(torch.full(shape, torch.nan, dtype=dtype) if start is None else start, device)
         arguments = (*place[:at], out, *place[at:], *scalars)
         if device == "cpu":
             INTERPRETED[op](*arguments)
@@ -60,8 +74,10 @@ def run(op: str, device: str, tensors: list[torch.Tensor | None], shape: tuple, 
             with torch.cuda.stream(stream):
                 entry(op)(*arguments, backend="triton")
             torch.cuda.synchronize()
-        buffer = out.as_strided((out.numel() + 2 * EDGE,), (1,), 0)
-        assert buffer[:EDGE].isnan().all() and buffer[-EDGE:].isnan().all(), f"{op}: wrote outside its result"
+        buffer = out.as_strided((out.untyped_storage().nbytes() // dtype.itemsize,), (1,), 0)
+        outside = torch.ones_like(buffer, dtype=torch.bool)
+        outside.as_strided(out.shape, out.stride(), EDGE).fill_(False)
+        assert buffer[outside].isnan().all(), f"{op}: wrote outside its result"
         results.append(out.cpu())
     bits = [result.view(torch.int16 if dtype.itemsize == 2 else torch.int32) for result in results]
     assert torch.equal(bits[0], bits[-1]), f"{op}: two runs differ"
@@ -179,6 +195,70 @@ def check_shared_prefix_attention(device: str) -> Iterator[str]:
         assert_within_rule(out, plain, literal_attention(*tensors, **options))
 
 
+def full_gradients(left, right, bounds):
+    """In fp32 and fp64: the gradient of the whole weight, of which rows and columns are then taken."""
+    for dtype in PLAIN:
+        full = left.to(dtype).T @ right.to(dtype)
+        for dim, some in enumerate(bounds):
+            if some is not None:
+                kept = [i for a, b in zip(some[::2], some[1::2], strict=True) for i in range(a, b)]
+                full = full.index_select(dim, torch.tensor(kept, dtype=torch.int64))
+        yield full
+
+
+def check_slice_grad(device: str) -> Iterator[str]:
+    heads, ragged = [16, 32, 48, 64, 64, 96], [1, 2, 5, 40, 40, 41, 50, 70]
+    shapes = [(1, 1, 1, None, None), (70, 33, 17, None, None), (40, 70, 45, ragged, None), (33, 45, 70, None, ragged)]
+    shapes += [
+        (65, 96, 130, heads, [0, 130]),
+        (20, 96, 70, heads, ragged),
+        (9, 20, 30, [], None),
+        (0, 20, 30, [2, 3], None),
+    ]
+    blocks = [bound for head in (1, 5, 6, 20, 31) for bound in (128 * head, 128 * head + 128)]
+    large = [(4096, 4096, 4096, blocks, None), (5000, 4096, 2560, [1, 130, 256, 400], blocks[:4])]
+    shapes += large if device != "cpu" else []
+    for (tokens, m, n, *bounds), dtype, accumulate in product(shapes, FLOAT, (False, True)):
+        yield f"{tokens} {m} {n} {bounds} {dtype} {accumulate}"
+        left, right = make(tokens, m, dtype=dtype), make(tokens, n, dtype=dtype, seed=1)
+        plain, wide = full_gradients(left, right, bounds)
+        start = make(*plain.shape) if accumulate else None
+        out = run("slice_grad", device, [left, right], plain.shape, torch.float32, 2, *bounds, accumulate, start=start)
+        added = start if accumulate else 0
+        assert_within_rule(out, plain + added, wide + added)
+    yield "splits of the tokens"
+    limits = slice_grad._PROGRAMS, slice_grad._SPLIT_TOKENS
+    left, right, start = make(300, 50), make(300, 40), make(50, 40)
+    plain, wide = full_gradients(left, right, (None, None))
+    try:
+        for slice_grad._PROGRAMS, slice_grad._SPLIT_TOKENS, accumulate in product((4, 7, 100), (1, 90), (False, True)):
+            out = run("slice_grad", device, [left, right], plain.shape, torch.float32, 2, None, None, accumulate,
+                      start=start if accumulate else None)  # fmt: skip
+            added = start if accumulate else 0
+            assert_within_rule(out, plain + added, wide + added)
+    finally:
+        slice_grad._PROGRAMS, slice_grad._SPLIT_TOKENS = limits
+    yield "strided inputs and result"
+    both, start = make(40, 130, dtype=torch.bfloat16), make(7, 60)[:, 3:-9]
+    for left, right in (
+        (both[:, :70], both[:, 70:118]),
+        (make(70, 40).T, make(48, 40).T),
+        (make(70).expand(40, 70),) * 2,
+    ):
+        right = right[:, :48]
+        plain, wide = full_gradients(left, right, ([3, 6, 60, 64], None))
+        out = run("slice_grad", device, [left, right], None, torch.float32, 2, [3, 6, 60, 64], None, True, start=start)
+        assert_within_rule(out, plain + start, wide + start)
+    yield "what the table promises to the compiler"
+    for bounds in (heads, ragged, [8, 24, 40, 64], [16, 30, 32, 48], [0, 4, 16, 20]):
+        step = slice_grad.plan(
+            make(2, 96), make(2, 96), make(sum(bounds[1::2]) - sum(bounds[::2]), 96), bounds, None, False
+        )
+        table, granule = step[0].arguments["row_table"], step[0].arguments["ROW_GRANULE"]
+        blocks = table.view(-1, granule)
+        assert (blocks[:, 0] % granule == 0).all() and (blocks == blocks[:, :1] + torch.arange(granule)).all(), bounds
+
+
 def check_gate_up_candidate(device: str) -> Iterator[str]:
     for act, (rows, d_model, d_mlp) in product(("silu", "gelu", "gelu_tanh", "relu"), ((5, 17, 33), (70, 96, 40))):
         yield f"{act} {rows} {d_model} {d_mlp}"
@@ -196,6 +276,7 @@ CHECKS: dict[str, Callable[[str], Iterator[str]]] = {
     "head_write_rows": check_head_write_rows,
     "vocab_logsumexp": check_vocab_logsumexp,
     "shared_prefix_attention": check_shared_prefix_attention,
+    "slice_grad": check_slice_grad,
     "gate_up_candidate": check_gate_up_candidate,
 }
 

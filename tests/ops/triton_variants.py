@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyarith.ops._triton import head_write_rows, shared_prefix_attention, vocab_logsumexp
+from pyarith.ops._triton import head_write_rows, shared_prefix_attention, slice_grad, vocab_logsumexp
 from pyarith.ops._triton._launch import Launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
@@ -80,6 +80,12 @@ def _attention(n_variants, n_heads, n_kv_heads, d_head, dtype, softcap=0.0, wind
     )
 
 
+def _slices(tokens, m, n, dtype, rows=None, columns=None, accumulate=False) -> tuple[Launch, ...]:
+    taken = [size if pick is None else sum(pick[1::2]) - sum(pick[::2]) for size, pick in ((m, rows), (n, columns))]
+    left, right = empty(tokens, m, dtype=dtype), empty(tokens, n, dtype=dtype)
+    return slice_grad.plan(left, right, empty(*taken), rows, columns, accumulate)
+
+
 def variants() -> Iterator[tuple[str, Launch, bool]]:
     """(name, launch, does its work in tensor cores) at the sizes of real models."""
     yield "head_write_rows bf16 7B batch 8", _writes(8, 32, 128, BF16), True
@@ -102,6 +108,14 @@ def variants() -> Iterator[tuple[str, Launch, bool]]:
     yield "shared_prefix_attention bf16 d_head 512", _attention(512, 8, 2, 512, BF16), True
     yield "shared_prefix_attention fp32 d_head 256", _attention(512, 8, 2, 256, FP32), False
     yield "shared_prefix_attention fp32 d_head 64", _attention(512, 12, 12, 64, FP32), False
+    heads = [bound for head in (1, 5, 6, 20, 31) for bound in (128 * head, 128 * head + 128)]
+    yield "slice_grad bf16 7B rows of 5 heads", _slices(4096, 4096, 4096, BF16, heads)[0], True
+    yield "slice_grad bf16 7B columns accumulated", _slices(4096, 4096, 4096, BF16, None, heads, True)[0], True
+    products, combine = _slices(4096, 768, 768, BF16, [64, 128], accumulate=True)
+    yield "slice_grad bf16 1 head of 64", products, True
+    yield "slice_grad combine", combine, False
+    yield "slice_grad fp16 odd ranges", _slices(4096, 4096, 4096, FP16, [1, 130, 200, 333], [5, 90])[0], True
+    yield "slice_grad fp32 3 heads", _slices(1024, 768, 768, FP32, [0, 64, 192, 256, 320, 384])[0], False
     x, weight = empty(1024, 4096, dtype=BF16), empty(11008, 4096, dtype=BF16)
     out = empty(1024, 11008, dtype=BF16)
     yield "gate_up_candidate bf16 7B", gate_up_candidate.plan(x, weight, weight, None, None, out, "silu"), True
