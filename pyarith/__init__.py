@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from pyarith.engine.sweep import ablation_sweep as ablation_sweep
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
+    from pyarith.tuning import DeltaBank as DeltaBank
     from pyarith.tuning import SelectiveTuner as SelectiveTuner
     from pyarith.tuning import TuneSettings as TuneSettings
+    from pyarith.tuning import load_delta as load_delta
+    from pyarith.tuning import merge_delta as merge_delta
     from pyarith.tuning import precise_sft as precise_sft
     from pyarith.types import Head as Head
 
@@ -52,6 +55,9 @@ _PUBLIC = {
     "SelectiveTuner": "pyarith.tuning",
     "TuneSettings": "pyarith.tuning",
     "precise_sft": "pyarith.tuning",
+    "load_delta": "pyarith.tuning",
+    "merge_delta": "pyarith.tuning",
+    "DeltaBank": "pyarith.tuning",
     "load_demo": "pyarith.demo",
     "tasks": None,
     "analysis": None,

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 _SAMPLES = 64  # values looked at per tensor: enough to notice training, cheap on any size
-# config keys that may differ for the same model: a model that was never saved has no "architectures", and trainers
-# switch the key/value cache off and set the tokens for padding and for ends
+# config keys that may differ for the same model: a model that was never saved has no "architectures"; trainers switch
+# the key/value cache off and set special tokens; what else is returned beside the logits is a matter of the call
 _NOT_THE_MODEL = (
     *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "output_attentions", "output_hidden_states", "return_dict"),
 )
 _SHORT = 8  # hex digits of a tensor's own digest
 

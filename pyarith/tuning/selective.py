@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from pyarith.engine.ablation import check_targets
 from pyarith.errors import InputError, UnsupportedModelError, check
 from pyarith.models.sites import SLICES, resolve
 from pyarith.models.weights import takes_in_first
+from pyarith.tuning.delta import LOADED, Base, save_delta
 from pyarith.tuning.linear import SlicedLinear, project
 from pyarith.tuning.slices import Slice, head_slices, mlp_slices
 from pyarith.types import Head
@@ -53,7 +55,7 @@ class SelectiveTuner:
 
     Raises:
         InputError, InputTypeError: nothing chosen; targets that the model does not have or that stand twice (all named
-            in one message); ``kv``; a model that has a tuner attached.
+            in one message); ``kv``; a model that has a tuner attached or a delta loaded.
         UnsupportedModelError: the model is not supported, or a projection is no plain linear one.
 
     References: Zhang et al. 2024, arXiv:2409.01659, sec. 5 (Precise SFT).
@@ -78,6 +80,11 @@ class SelectiveTuner:
             "model: a SelectiveTuner is attached already; end it with .detach() or its with block, or give all heads "
             "to one",
         )
+        check(
+            not hasattr(model, LOADED),
+            "model: a delta is loaded; take it out with model.pyarith_delta.unload(), or train on from its values by "
+            "merge_delta in place of load_delta",
+        )
         self._sites = resolve(model)
         self.heads, self.mlps = check_targets(self._sites, heads, mlps)
         self.kv = kv
@@ -89,6 +96,7 @@ class SelectiveTuner:
         tied = [one.name for one in self.slices if owners.count(id(one.weight)) > 1]
         if tied:
             raise UnsupportedModelError(f"heads, mlps: layers share weights, so none can be trained alone: {tied[:4]}")
+        self.base = Base.of(model, self.slices)  # for save_delta
         self._store = _Slices(self.slices, self._sites.row_dtype)
         self._written = [value._version for value in self._store.values]
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -209,6 +217,24 @@ class SelectiveTuner:
                 for place, part in zip(one.views(), one.parts(held), strict=True):
                     place.copy_(part)
         self.mark_written()
+
+    def save_delta(self, folder: str | Path, settings: Mapping[str, Any] | None = None) -> Path:
+        """Write what training has made of the slices, and of which model, for ``load_delta`` and ``merge_delta``.
+
+        Two files: ``delta.json`` (heads, MLPs, config and digests of the base, SHA-256 of the slices before training,
+        settings, versions) and, under a name that it gives, the new values in the weights' dtype as safetensors. A
+        delta that is there already is replaced at once and whole. Works after ``detach()``, too.
+
+        Args:
+            folder: made where it does not exist.
+            settings: anything to keep beside it, as JSON holds it: how it was trained.
+        Returns:
+            ``folder``.
+        Raises:
+            InputError: ``settings``; the model was cast to another dtype or changed outside the slices meanwhile.
+            StorageError: it could not be written (a full disk); the delta from before is still there.
+        """
+        return save_delta(self, folder, settings)
 
     def detach(self) -> None:
         """Write what is left to write and give the model back as an ordinary one; a second call does nothing."""
