@@ -18,7 +18,7 @@ from true_fp64 import true_fp64
 
 import pyarith as pa
 from pyarith import ops
-from pyarith.engine import sweep, sweep_end, sweep_layers
+from pyarith.engine import sweep, sweep_end, sweep_layers, sweep_run
 from pyarith.engine.sweep_layers import Carrier
 from pyarith.engine.sweep_plan import SweepPlan, SweepPlanner
 from pyarith.errors import InputError, InputTypeError, MemoryBudgetError, NonFiniteError, SelfCheckError
@@ -126,7 +126,7 @@ def test_layers_before_a_set_are_not_recomputed(model: torch.nn.Module, monkeypa
         for at, layer in enumerate(model.model.layers)
     ]
     try:
-        sweep.oracle._checked[model] = sweep.oracle._state(sweep.resolve(model))
+        sweep_run.oracle._checked[model] = sweep_run.oracle._state(sweep.resolve(model))
         for where, tokens in (("all", 18), ("end", 3)):
             counts[:] = [0, 0, 0]
             pa.ablation_sweep(model, **given(ids, "none"), positions=where, **QUIET)
@@ -168,7 +168,7 @@ def test_wrong_arguments_of_a_block_are_noticed(
     model: torch.nn.Module, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rotary tables of other positions: the identity row is then not the model's own."""
-    real = getattr(sweep, f"prepare_{where}")
+    real = getattr(sweep_run, f"prepare_{where}")
 
     def wrong(*args: Any) -> Any:
         clean = real(*args)
@@ -177,7 +177,7 @@ def test_wrong_arguments_of_a_block_are_noticed(
             layer.kwargs["position_embeddings"] = (cos.roll(1, -1), sin.roll(1, -1))
         return clean
 
-    monkeypatch.setattr(sweep, f"prepare_{where}", wrong)
+    monkeypatch.setattr(sweep_run, f"prepare_{where}", wrong)
     with unchanged(model), pytest.raises(SelfCheckError, match="with nothing ablated"):
         pa.ablation_sweep(model, **given(rows()), positions=where, **QUIET)
 

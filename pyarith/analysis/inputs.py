@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyarith.engine.batch import _ids, _left_align, _mask, name_prompts
+from pyarith.engine.batch import left_align, name_prompts, read_ids, read_mask
 from pyarith.errors import InputError, InputTypeError, check
 from pyarith.models.sites import ModelSites, length_limits
 from pyarith.prompts import ROLES, PromptPairs
@@ -96,9 +96,9 @@ def read_prompts(
         check(len(prompts) > 0, "prompts: expected at least one, got none")
         attention_mask, answers, roles = prompts.attention_mask, prompts.answers, prompts.roles
         prompts, role_names = prompts.clean, prompts.role_names
-    ids = _ids(prompts, "prompts", 2, sites.d_vocab)
-    mask = _mask(attention_mask, "attention_mask", ids)
-    aligned, lengths = _left_align(ids, mask, "attention_mask")
+    ids = read_ids(prompts, "prompts", 2, sites.d_vocab)
+    mask = read_mask(attention_mask, "attention_mask", ids)
+    aligned, lengths = left_align(ids, mask, "attention_mask")
     for what, limit in length_limits(sites):
         long = lengths > limit
         check(
@@ -106,7 +106,7 @@ def read_prompts(
             f"prompts: expected at most {limit} tokens with {what}; prompts {name_prompts(long)} have more",
         )
     if answers is not None:
-        answers = _ids(answers, "answers", 1, sites.d_vocab)
+        answers = read_ids(answers, "answers", 1, sites.d_vocab)
         check(len(answers) == len(ids), f"answers: expected batch {len(ids)} like prompts, got {len(answers)}")
     codes = None if roles is None else _roles(roles, role_names, mask, aligned, lengths)
     return Prompts(aligned, lengths, mask.int().argmax(1), ids.shape[1], answers, codes, tuple(role_names))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyarith.analysis.inputs import TOKENS, Array, Prompts, read_prompts, read_tokens
 from pyarith.analysis.states import end_states, frame, host
 from pyarith.engine import guard
-from pyarith.engine.batch import _ids, name_prompts
+from pyarith.engine.batch import name_prompts, read_ids
 from pyarith.engine.readout import read_unembed
 from pyarith.errors import InputError, check
 from pyarith.models.sites import resolve
@@ -149,7 +149,7 @@ def mlp_cosines(
     """
     sites, tokens = resolve(model), read_tokens(tokens_per_pass)
     given = read_prompts(sites, prompts, attention_mask, answers)
-    ids = _operands(given) if operands is None else _ids(operands, "operands", 2, sites.d_vocab)
+    ids = _operands(given) if operands is None else read_ids(operands, "operands", 2, sites.d_vocab)
     check(ids.shape == (len(given), 2), f"operands: expected [batch, 2] = [{len(given)}, 2], got {list(ids.shape)}")
     targets = torch.cat([ids, given.need_answers()[:, None]], 1)
     out = np.zeros((3, sites.n_layers, len(given)), np.float64 if sites.row_dtype == torch.float64 else np.float32)

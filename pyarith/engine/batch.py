@@ -53,7 +53,13 @@ def name_prompts(bad: Tensor) -> str:
     return ", ".join(map(str, indices[:_SHOWN])) + more
 
 
-def _ids(value: Any, name: str, dims: int, d_vocab: int) -> Tensor:
+def read_ids(value: Any, name: str, dims: int, d_vocab: int) -> Tensor:
+    """Token ids as int64 with ``dims`` axes, on the host.
+
+    Raises:
+        InputTypeError: no tensor can be made of them.
+        InputError: not integers, of another shape, empty, or outside the vocabulary (the prompts are named).
+    """
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -77,7 +83,12 @@ def _ids(value: Any, name: str, dims: int, d_vocab: int) -> Tensor:
     return tensor
 
 
-def _mask(value: Any, name: str, ids: Tensor) -> Tensor:
+def read_mask(value: Any, name: str, ids: Tensor) -> Tensor:
+    """An attention mask as bool in the shape of its prompts, on the host; None = all tokens are real.
+
+    Raises:
+        InputError: another shape, or values other than 0 and 1.
+    """
     if value is None:
         return torch.ones_like(ids, dtype=torch.bool)
     mask = torch.as_tensor(value).detach().cpu()
@@ -86,7 +97,12 @@ def _mask(value: Any, name: str, ids: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _left_align(ids: Tensor, mask: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def left_align(ids: Tensor, mask: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(ids [batch, pos] that start at position 0, zero after END; lengths int64 [batch]).
+
+    Raises:
+        InputError: a prompt without real tokens, or with padding between them (all are named).
+    """
     lengths = mask.sum(1)
     empty = lengths == 0
     check(
@@ -119,22 +135,22 @@ def make_batch(
     Raises:
         InputError, InputTypeError: the message names the argument, what was expected, what came, and the prompts.
     """
-    clean_ids = _ids(clean, "clean", 2, sites.d_vocab)
-    corrupted_ids = _ids(corrupted, "corrupted", 2, sites.d_vocab)
-    answer_ids = _ids(answers, "answers", 1, sites.d_vocab)
+    clean_ids = read_ids(clean, "clean", 2, sites.d_vocab)
+    corrupted_ids = read_ids(corrupted, "corrupted", 2, sites.d_vocab)
+    answer_ids = read_ids(answers, "answers", 1, sites.d_vocab)
     n = len(clean_ids)
     for name, tensor in (("corrupted", corrupted_ids), ("answers", answer_ids)):
         check(len(tensor) == n, f"{name}: expected batch {n} like clean, got {len(tensor)}")
     targets = answer_ids[:, None]
     if foils is not None:
-        foil_ids = _ids(foils, "foils", 2, sites.d_vocab)
+        foil_ids = read_ids(foils, "foils", 2, sites.d_vocab)
         check(len(foil_ids) == n, f"foils: expected batch {n} like clean, got {len(foil_ids)}")
         targets = torch.cat([targets, foil_ids], 1)
 
-    clean_ids, lengths = _left_align(clean_ids, _mask(attention_mask, "attention_mask", clean_ids), "attention_mask")
-    corrupted_ids, corrupted_lengths = _left_align(
+    clean_ids, lengths = left_align(clean_ids, read_mask(attention_mask, "attention_mask", clean_ids), "attention_mask")
+    corrupted_ids, corrupted_lengths = left_align(
         corrupted_ids,
-        _mask(corrupted_attention_mask, "corrupted_attention_mask", corrupted_ids),
+        read_mask(corrupted_attention_mask, "corrupted_attention_mask", corrupted_ids),
         "corrupted_attention_mask",
     )
     unequal = lengths != corrupted_lengths

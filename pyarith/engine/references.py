@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyarith.engine.batch import _ids, _left_align, _mask, name_prompts
+from pyarith.engine.batch import left_align, name_prompts, read_ids, read_mask
 from pyarith.engine.capture import run_decoder
 from pyarith.engine.guard import Hooks, untouched
 from pyarith.errors import check
@@ -80,8 +80,8 @@ def _is_batch(value: Any) -> bool:
 
 
 def one_batch(sites: ModelSites, ids: Any, mask: Any, name: str, mask_name: str) -> tuple[Tensor, Tensor]:
-    tokens = _ids(ids, name, 2, sites.d_vocab)
-    tokens, lengths = _left_align(tokens, _mask(mask, mask_name, tokens), mask_name)
+    tokens = read_ids(ids, name, 2, sites.d_vocab)
+    tokens, lengths = left_align(tokens, read_mask(mask, mask_name, tokens), mask_name)
     for what, limit in length_limits(sites):
         long = lengths > limit
         bad = f"prompts {name_prompts(long)} have more"
