@@ -294,6 +294,7 @@ def test_files_of_a_run(tmp_path):
     record = json.loads((tmp_path / "run" / "tune.json").read_text())
     assert record["heads"] == ["1.0", "2.3"] and record["mlps"] == [1] and record["shared_heads"] == ["1.1", "2.2"]
     assert record["settings"]["lr"] == 1e-2 and record["steps"] == 5 and record["steps_per_epoch"] == 3
+    assert record["machine"] == {"device": "cpu", "dtype": "float32", "attention": "eager", "threads": 1}
     assert record["data"]["task"]["hash"] == examples_of().hash and record["base"].startswith("sha256:")
     assert record["loss"]["last"] == result.losses[-1] and record["versions"]["torch"] == metadata.version("torch")
     with open(tmp_path / "run" / "losses.csv", newline="") as file:

@@ -228,6 +228,7 @@ def test_dropped_rows_are_warned_of_counted_and_never_cut(tmp_path, demo):
         warnings.simplefilter("error")
         longer = load_examples(path, tokenizer, limit=1, max_length=10, on_bad="drop")
     assert longer.settings["dropped"] == {}
+    assert load_examples([("3 + 4 =", "7")], tokenizer, max_length=7).lengths.tolist() == [7], "just as long is allowed"
     with pytest.raises(InputError, match="none is left"):
         load_examples([("", "7")], tokenizer, on_bad="drop")
 

@@ -206,6 +206,12 @@ def tune(
         settings={**settings.record(), "grad_scale_used": factor, "lr_used": settings.lr * settings.lr_scale},
         data=data,
         base=base,
+        machine={
+            "device": str(sites.device),
+            "dtype": str(sites.dtype).removeprefix("torch."),
+            "attention": sites.attention,
+            "threads": torch.get_num_threads(),
+        },
         seconds={"training": float(arrays["seconds"].sum()), "with preparation": time.perf_counter() - start},
         memory=peak_memory(sites.device),
         prefix_cache=None if isinstance(cache, nullcontext) else cache.stats(),

@@ -38,6 +38,7 @@ class TuneResult:
         settings: all of ``TuneSettings``, and the gradient factor and learning rate that came of them.
         data: where examples came from, how many, what was left out, their hash; of ``task`` and, if used, ``replay``.
         base: fingerprint of the model that the run began with.
+        machine: device, dtype of the weights, attention and threads, on which the last bits depend.
         seconds: of the training steps, and with the preparation.
         memory: bytes, the most that tensors took on a GPU, or that the process took since it began.
         prefix_cache: what ``PrefixCache.stats`` says, or None.
@@ -55,6 +56,7 @@ class TuneResult:
     settings: dict[str, Any]
     data: dict[str, dict[str, Any]]
     base: str
+    machine: dict[str, Any]
     seconds: dict[str, float]
     memory: int
     prefix_cache: dict[str, Any] | None = None
@@ -100,6 +102,7 @@ class TuneResult:
             "settings": self.settings,
             "data": self.data,
             "base": self.base,
+            "machine": self.machine,
             "seconds": self.seconds,
             "memory": self.memory,
             "prefix_cache": self.prefix_cache,
