@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pyarith.cli.command_analyze import analyze
+from pyarith.cli.command_compare import compare
 from pyarith.cli.command_demo import demo
 from pyarith.cli.command_discover import discover
 from pyarith.cli.command_doctor import doctor
@@ -34,6 +35,7 @@ app.command()(report)
 app.command()(reproduce)
 app.command()(tune)
 app.command()(merge)
+app.command()(compare)
 app.command()(evaluate)
 app.command()(doctor)
 
