@@ -65,8 +65,7 @@ def compare(
         check(operator in run.signs, f"operator: expected one of {', '.join(run.signs)}, got {operator!r}")
         names = list(arm or made.ARMS)
         by_arm = {name: _rates(rates) if rates else made.RATES.get(name, ()) for name in names}
-        retention = keep or made.usual_retention(operator)
-        own = {"operator": operator, "heads": heads, "arms": names, "rates": by_arm, "seeds": seeds, "keep": retention}
+        own = {"operator": operator, "heads": heads, "arms": names, "rates": by_arm, "seeds": seeds, "keep": keep}
         own |= {"n": n, "items": items, "epochs": epochs, "batch_size": batch_size, "seed": seed}
         step = Step(run, "compare", own)
         if step.finished and not force:
@@ -74,6 +73,7 @@ def compare(
             return
         ranking = ranking_of(run.effects(operator))
         loaded, tokenizer = model_of(terminal, run, model=model, device=device, trust_remote_code=trust_remote_code)
+        retention = keep or made.usual_retention(tokenizer, operator)
         with terminal.step("Dividing prompts"):
             split = made.split_task(tokenizer, operator, n=n, seed=seed, retention=retention, items=items)
             arms, size = made.usual_arms(loaded, ranking, heads, names)

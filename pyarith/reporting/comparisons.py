@@ -24,12 +24,7 @@ from pyarith.types import Head
 
 TARGET, VALIDATION, UNSEEN = "target", "validation", "unseen pairs"
 ARMS = ("key heads", "same layers", "random heads", "bottom heads", "random mask", "LoRA", "early LoRA", "full")
-RATES = {
-    "heads": (1e-3, 3e-3, 1e-2),
-    "mask": (1e-3, 3e-3, 1e-2),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "full": (1e-4, 3e-4, 1e-3),
-}
+RATES = dict.fromkeys(ARMS, (1e-3, 3e-3, 1e-2)) | {"full": (1e-4, 3e-4, 1e-3)}  # which full tuning needs lower
 
 
 @dataclass(frozen=True)
@@ -135,9 +130,11 @@ def usual_arms(model: Any, ranking: Sequence[Head], k: int, names: Sequence[str]
     return [made[name] for name in names], size
 
 
-def usual_retention(sign: str) -> list[str]:
-    """Tasks that should stay while an operator is trained: the other operators, and those without arithmetic."""
-    return [*(other for other in tasks.OPERATORS if other != sign), *tasks.CONTROL_TASKS]
+def usual_retention(tokenizer: Any, sign: str) -> list[str]:
+    """Tasks that should stay while an operator is trained: the other operators, and those without arithmetic whose
+    answers are one token."""
+    others = [*(other for other in tasks.OPERATORS if other != sign), *tasks.CONTROL_TASKS]
+    return [name for name in others if isinstance(named_task(tokenizer, name, 2), PromptPairs)]
 
 
 def comparison_record(found: Comparison, summary: list[ArmSummary], split: Split) -> dict[str, Any]:

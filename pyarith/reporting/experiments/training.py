@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {"n": 160, "items": 4, "seeds": 1, "epochs": 1, "rates":
 
 def split(subject: Subject, s: Mapping[str, Any]) -> comparisons.Split:
     """The prompts of an experiment, divided."""
-    retention = comparisons.usual_retention(s["sign"])
+    retention = comparisons.usual_retention(subject.tokenizer, s["sign"])
     return comparisons.split_task(
         subject.tokenizer, s["sign"], n=s["n"], seed=s["seed"], retention=retention, items=s["items"]
     )
@@ -110,7 +110,7 @@ def how(results: Results, s: Mapping[str, Any]) -> str:
         f"batches of {s['batch_size']}, the same data order for every arm, {words.count(s['seeds'], 'seed')}. "
         f"*Target*: {sizes['target']} prompts with trained operand pairs in templates that were not trained; *unseen "
         f"pairs*: {sizes['unseen pairs']} prompts with other operand pairs; *other tasks*: mean accuracy on "
-        f"{len(results['retention'])} tasks ({words.listing(map(str, results['retention']))}). Every arm has its own "
+        f"{len(results['retention'])} tasks ({words.listing(map(words.sign, results['retention']))}). Every arm has its own "
         f"sweep of learning rates, of which the best on {sizes['validation']} other prompts is shown (\\*: at the "
         "edge of its sweep). Ranges are over seeds; intervals and q (adjusted over the arms) are paired, by operand "
         "pairs and templates."
