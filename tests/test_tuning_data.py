@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -448,8 +449,16 @@ def test_models_that_do_not_keep_examples_apart_are_refused():
     def counting(**inputs):  # as a model that counts positions by itself
         return model(**{**inputs, "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]})
 
+    def whispering(**inputs):  # as a kernel whose mask is finite: too little to be seen beside rounding
+        found = model(**inputs)
+        first = inputs["input_ids"][:, :1, None]
+        return SimpleNamespace(logits=found.logits + 1e-6 * first * (inputs["attention_mask"] is None))
+
+    def shifting(**inputs):  # nothing leaks, and the numbers are others than those of an example alone
+        return SimpleNamespace(logits=model(**inputs).logits * (1.5 if inputs["attention_mask"] is None else 1.0))
+
     check_isolated(model, model, examples, 1)
-    for broken in (leaking, counting):
+    for broken in (leaking, counting, whispering, shifting):
         with pytest.raises(UnsupportedModelError, match=r"packing: LlamaForCausalLM with attention 'eager' does not"):
             check_isolated(model, broken, examples, 2)
 

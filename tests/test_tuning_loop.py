@@ -388,6 +388,32 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path, kind):
     )
 
 
+@pytest.mark.parametrize("every", [2, 9, None])
+def test_an_update_that_spoils_the_values_is_taken_back_where_a_checkpoint_is(tmp_path, every):
+    """Finite losses and gradients, and a step that gives an infinite weight: seen at the next loss."""
+    settings = settings_of(steps=9, schedule="constant", warmup=0.0)
+    model, seen = tiny_models.make("llama", torch.float32), []
+
+    class Spoils(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            seen.append(values(model))
+            if len(seen) == 5:
+                self.param_groups[0]["params"][3].data[0, 0] = math.inf
+
+    place = None if every is None else Checkpoint(tmp_path / "checkpoint.safetensors", {}, every)
+    if every == 9:  # of an earlier run, which is not to be gone back to
+        place.save({"step": 1}, {})
+    with pytest.raises(NonFiniteError, match="step 6 of 9: expected finite numbers, got loss nan") as caught:
+        train(trainee_of(model, Spoils), batches_of(settings), settings, checkpoint=place, resume=False, progress=False)
+    if every == 2:
+        assert "update of step 5 was too large: the model holds the state after step 4 again" in str(caught.value)
+        assert same(values(model), seen[3])
+        assert place.load().values["step"] == 4
+    else:
+        assert "the model holds values that are not finite, load it again" in str(caught.value)
+
+
 # progress and settings
 
 

@@ -165,7 +165,8 @@ def train(
         The history of all steps, those before a resumption included.
     Raises:
         NonFiniteError: loss or gradient are not finite. Nothing was updated in that step: the model keeps the last good
-            state, which also is saved where there is a checkpoint.
+            state, which also is saved where there is a checkpoint. Where the step before has spoilt the trained values
+            themselves, the model goes back to the checkpoint, or the message says that it has to be loaded again.
         InputError: the checkpoint is another run's.
         StorageError: a checkpoint could not be written.
     Notes: same seed, same bits, as far as the device's kernels are repeatable; interrupted and resumed gives the bits
@@ -218,9 +219,8 @@ class _Run:
         *parts, length = torch.stack([*losses, norm.to(losses[0].dtype)]).tolist()  # one wait for the device
         if not all(map(math.isfinite, [*parts, length])):
             trainee.optimizer.zero_grad(set_to_none=True)
-            if self.checkpoint is not None:
-                self.save(self.checkpoint)
-            raise NonFiniteError(self._non_finite(parts, length))
+            what = self._non_finite(parts, length)
+            raise NonFiniteError(f"{what}; {self._keep_good()}. Lower lr, set max_grad_norm, or look at these rows")
         if trainee.max_grad_norm is not None:
             clip_grads_with_norm_(trainee.parameters, trainee.max_grad_norm, norm)
         rate = float(self.scheduler.get_last_lr()[0])
@@ -262,18 +262,32 @@ class _Run:
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], device)
 
+    def _keep_good(self) -> str:
+        """Save the state after the last step; or go back to the last checkpoint, if that step has spoilt it. Returns
+        which state is where, in words."""
+        step, place = len(self.history), self.checkpoint
+        if all(bool(value.isfinite().all()) for value in self.trainee.state().values()):
+            if place is not None:
+                self.save(place)
+            return f"the state after step {step} is in the model{'' if place is None else f' and in {place.path}'}"
+        saved = None if place is None or step < place.every else place.load()
+        if saved is None:
+            return f"the update of step {step} was too large: the model holds values that are not finite, load it again"
+        self.restore(saved)
+        return (
+            f"the update of step {step} was too large: the model holds the state after step {len(self.history)} again"
+        )
+
     def _non_finite(self, losses: list[float], norm: float) -> str:
-        """Which step, what, on which rows, and where the last good state is."""
+        """Which step, what, and on which rows."""
         step = len(self.history)
         names = ["loss", "loss of the general data"][: len(losses)]
         what = ", ".join(f"{name} {value}" for name, value in zip(names, losses, strict=True))
         rows = sorted(self.batches.examples.rows[self.batches.chosen(step)].tolist())
         shown = f"{', '.join(map(str, rows[:_SHOWN]))}{f' and {len(rows) - _SHOWN} more' if len(rows) > _SHOWN else ''}"
-        kept = "" if self.checkpoint is None else f" and in {self.checkpoint.path}"
         return (
             f"step {step + 1} of {self.total}: expected finite numbers, got {what}, gradient norm {norm} (learning "
-            f"rate {self.scheduler.get_last_lr()[0]:.3g}, rows {shown}); stopped before the update: the state after "
-            f"step {step} is in the model{kept}. Lower lr, set max_grad_norm, or look at these rows"
+            f"rate {self.scheduler.get_last_lr()[0]:.3g}, rows {shown}); stopped before the update"
         )
 
 
