@@ -228,7 +228,7 @@ def fitting_slices(model: Any, delta: Delta) -> tuple[Slice, ...]:
 
 def _other_model(sites: ModelSites, found: Identity, delta: Delta) -> list[str]:
     """Class, dtype, config and shapes that differ."""
-    base, own = delta.base, dict(sites.model.named_parameters())
+    base, own = delta.base, dict(sites.model.named_parameters(remove_duplicate=False))
     pairs: dict[str, tuple[Any, Any]] = {"class": (base.kind, found.kind), "dtype": (base.dtype, str(sites.dtype))}
     keys = {*base.config, *found.config}
     if base.versions.get("transformers") != metadata.version("transformers"):
