@@ -132,6 +132,15 @@ def test_scales_are_separate_settings_and_recorded():
         tuned(models[3], heads=(), mlps=[1], grad_scale="heads")
 
 
+def test_an_unembedding_with_a_bias():
+    """A family from outside may have one: the model's own logits are used, and the loss is that of labels=."""
+    model = tiny_models.make("llama", torch.float32)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-3, 3, tiny_models.VOCAB))
+    (micro,) = Batches(examples_of(), 10, 10).at(0)
+    own = model(**micro.inputs(), labels=micro.labels).loss
+    assert tuned(model, batch_size=10, steps=1).losses[0] == pytest.approx(own.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "neox", "gemma2"])
 def test_other_families(name):
     """Fused projections, Conv1D, parallel blocks, a final softcap: packed and padded give the same training in fp64."""
