@@ -214,8 +214,7 @@ def _reading(record: Results) -> list[str]:
     lines = [
         f"Sparsity: the share of heads {'is' if low == high else 'runs from'} {words.percent(low)}"
         + ("" if low == high else f" to {words.percent(high)}")
-        + f" and {fits}. With {total} heads one head is {words.percent(1 / total)}, so the percentage says less "
-        "than the counts."
+        + f" and {fits}; one head of {total} is {words.percent(1 / total, 2)}."
     ]
     layers = sorted({Head.parse(h["head"]).layer for one in operators.values() for h in _below(one, "operator")})
     lines.append(

@@ -93,7 +93,7 @@ def _reading(record: Results) -> list[str]:
         )
     lines.append(
         "With few key heads Jaccard takes few values and one head changes it much; the rank correlation uses all "
-        "heads. Its interval presumes effects above their noise: most heads here have effects near 0, which lowers it."
+        "heads. Noise in effects near 0 lowers it: compare with the stability of one operator's ranking (E1)."
     )
     return lines
 

@@ -83,10 +83,11 @@ def _reading(record: Results) -> list[str]:
         signs = (
             f"{words.listing(raising)} raise{'s' if len(raising) == 1 else ''} the logit" if raising else "all lower it"
         )
-        said = [signs, place] if layers else ["so there is no onset"]
+        said = [signs, place] if layers else []
+        shown = f"MLP{'s' * (len(layers) > 1)} {words.listing(layers)}" if layers else "no MLP"
         lines.append(
-            f"{words.sign(sign)}: beyond {limit} {'are' if len(layers) != 1 else 'is'} MLP{'s' * (len(layers) != 1)} "
-            f"{words.listing(layers)}; {'; '.join(part for part in said if part)}."
+            f"{words.sign(sign)}: beyond {limit} {'are' if len(layers) > 1 else 'is'} {shown}"
+            f"{''.join(f'; {part}' for part in said if part)}."
         )
     early = [
         layer

@@ -123,16 +123,16 @@ def section(record: Results) -> list[str]:
             f"CPR {words.number(one['cpr'])}, CMD {words.number(one['cmd'])} (of the answer's logit, over heads kept)"
         )
         parts += [
-            f"{words.sign(sign)}, {one['prompts']} prompts ({one['wrong_left_out']} answered wrongly left out); "
-            f"order: {', '.join(one['heads'][: s['k']])}; by operands swapped "
+            f"{words.sign(sign)}, {words.count(one['prompts'], 'prompt')} ({one['wrong_left_out']} answered wrongly "
+            f"left out); order: {', '.join(one['heads'][: s['k']])}; by operands swapped "
             f"{', '.join(one['heads_operands'][: s['k']])}; all heads ablated: {words.percent(one['all_ablated'])}; "
             f"{areas}:",
             words.table(columns, rows),
         ]
     if found:
         parts.append(
-            f"p = (1 + draws that harm as much or more) / (1 + draws), at least {words.few(1 / (1 + s['draws']))}. "
-            f"Quantity: {next(iter(found.values()))['semantics']}."
+            f"p = (1 + draws that harm as much or more) / (1 + draws), at least {words.few(1 / (1 + s['draws']))}, "
+            f"not adjusted over k. Quantity: {next(iter(found.values()))['semantics']}."
         )
     return [*parts, words.bullets(_reading(record))]
 
@@ -172,10 +172,11 @@ def _reading(record: Results) -> list[str]:
             f"the paper's ranking at k = {words.listing(worse)}. Denoising: with only the top {k} kept "
             f"{words.percent(mean['kept'])} are right, with none {words.percent(one['all_ablated'])}."
         )
-    lines.append(
-        f"{s['k']} of {total} heads are {words.percent(s['k'] / total, 0)} of the model, where the paper's 10 are 1 % "
-        "of 1024: the same k is not the same intervention."
-    )
+    for k in sorted({one["ks"][_at(one, s)] for one in _done(record).values()}):
+        lines.append(
+            f"{k} heads are {words.percent(k / total)} of this model's {total}; the paper's 10 are "
+            f"{words.percent(10 / 1024)} of 1024."
+        )
     return lines
 
 

@@ -74,9 +74,10 @@ def _reading(record: Results) -> list[str]:
         tail = ""
         if harmed:
             tail = (
-                f"; of these {words.listing(special)} more than under other heads of the same layers (p < 0.05)"
+                f"; of these {words.listing(special)} more than under other heads of the same layers (p < 0.05, not "
+                "adjusted)"
                 if special
-                else "; none of these more than under other heads of the same layers (p < 0.05)"
+                else "; none of these more than under other heads of the same layers (p < 0.05, not adjusted)"
             )
         lines.append(
             f"{words.sign(sign)}: itself {words.signed(own, 0)}; harmed by more than 5 %: {words.listing(names)}; "

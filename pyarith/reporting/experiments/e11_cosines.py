@@ -18,6 +18,8 @@ from pyarith.reporting.experiments.subject import NAMES, SIGNS, Subject
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_VISIBLE = 0.05  # how far a cosine must exceed that of other prompts' numbers to be spoken of
+_FEW = 16  # layers: with fewer, three points of a curve are next to each other
 CURVES = ("operand_a", "operand_b", "answer")
 
 
@@ -125,16 +127,17 @@ def _reading(record: Results) -> list[str]:
             name: max(a - b for a, b in zip(one["mean"][name], one["other_prompts"][name], strict=True))
             for name in CURVES
         }
+        weak = max(own["operand_a"], own["operand_b"]) < _VISIBLE
         lines.append(
-            f"{words.sign(sign)}: operands are largest at layers {peaks['operand_a']} (A) and {peaks['operand_b']} "
-            f"(B), the answer has risen at {answer[2]}: the paper's order, operands first, "
+            f"{words.sign(sign)}: operands are largest at layers {peaks['operand_a']} (A) and "
+            f"{peaks['operand_b']} (B), the answer has risen at {answer[2]}: the paper's order, operands first, "
             f"{'holds' if before else 'does not hold'}. Above other prompts' numbers: A at most "
-            f"{own['operand_a']:+.2f}, B {own['operand_b']:+.2f}, the answer {own['answer']:+.2f}."
+            f"{own['operand_a']:+.2f}, B {own['operand_b']:+.2f}, the answer {own['answer']:+.2f}"
+            f"{', so that the operands can hardly be seen and their layers mean little' if weak else ''}."
         )
-    lines.append(
-        f"With {record['model']['layers']} layers three points are coarse: neighbouring layers cannot be told "
-        "apart as in 32."
-    )
+    layers = record["model"]["layers"]
+    if layers < _FEW:
+        lines.append(f"With {layers} layers three points are coarse, beside the paper's 32.")
     return lines
 
 

@@ -58,13 +58,13 @@ def render(experiments: Mapping[str, Experiment], records: Mapping[str, Results]
 
 def _about(records: Mapping[str, Results]) -> str:
     model = next(iter(records.values()))["model"]
-    seconds = sum(record["seconds"] for record in records.values())
+    seconds = sum(record["cpu_seconds"] for record in records.values())
     shared = "" if model["kv_heads"] == model["heads"] else f", {model['kv_heads']} key-value heads"
     return (
         f"Model: `{model['name']}` ({model['family']}, {model['layers']} layers of {model['heads']} heads{shared}, "
         f"{model['parameters'] / 1e6:.1f} million parameters, {model['dtype']} on {model['device']})."
-        f"{_ABOUT_DEMO if model['name'] == DEMO else ''} All records together took {seconds / 60:.1f} minutes, with "
-        f"{words.count(model['threads'], 'thread')}."
+        f"{_ABOUT_DEMO if model['name'] == DEMO else ''} All records together took {seconds / 60:.1f} minutes of "
+        f"processor time (what one computes, later ones reuse), with {words.count(model['threads'], 'thread')}."
     )
 
 
@@ -75,9 +75,11 @@ def _warning(records: Mapping[str, Results]) -> list[str]:
 
 
 def _how(records: Mapping[str, Results], out: Path, page: Path) -> str:
+    made = {one["origin"] for record in records.values() for one in record["also"] if one["origin"]}
+    first = "".join(f"{origin}  # once: another model, for E2\n" for origin in sorted(made))
     return (
         "All of it again, pictures included (a record that is there already is not made again; `--force` does):\n\n"
-        f"```sh\n{_command('all', records, out, page)}\n```\n\n"
+        f"```sh\n{first}{_command('all', records, out, page)}\n```\n\n"
         "*Effect*: mean relative change of the answer's logit when one head or MLP gets its output at the last "
         "token from the "
         "corrupted prompt (see the README). Where heads are chosen and then tested, they are chosen on one "
@@ -112,7 +114,7 @@ def _section(experiment: Experiment, record: Results, folder: str, out: Path, pa
         f"## {_heading(experiment)}",
         f"{experiment.question}{quick}",
         f"`{_command(experiment.name, {experiment.name: record}, out, page)}` - "
-        f"[record]({folder}/{experiment.name}.json): {settings}; {record['seconds']:.0f} s.",
+        f"[record]({folder}/{experiment.name}.json): {settings}; {record['cpu_seconds']:.0f} s of processor time.",
         f"*The paper on LLaMA2-7B (second-hand):* {experiment.paper}",
         *(_PICTURE.sub(rf"]({folder}/\1)", part) for part in experiment.section(record)),
     ]

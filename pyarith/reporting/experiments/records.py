@@ -41,7 +41,7 @@ def perform(
     Raises:
         Whatever the experiment raises.
     """
-    started, begun = datetime.now(timezone.utc), time.perf_counter()
+    started, begun, used = datetime.now(timezone.utc), time.perf_counter(), time.process_time()
     results = rounded(plain(experiment.run(subject, settings)))
     return {
         "tool": "pyarith",
@@ -53,6 +53,7 @@ def perform(
         "command_line": command,
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - begun, 1),
+        "cpu_seconds": round(time.process_time() - used, 1),
         "versions": versions(),
         "model": subject.identity,
         "also": [one.identity for one in subject.also] if experiment.needs_also else [],
