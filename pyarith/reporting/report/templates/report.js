@@ -37,6 +37,11 @@
     const spec = coloured(JSON.parse(figure.querySelector("script").textContent), "");
     const given = spec.layout;
     const narrow = target.clientWidth < 520;
+    const across = axis(given.xaxis);
+    const step = narrow && across.tickvals && across.tickvals.length > 12 ? Math.ceil(across.tickvals.length / 10) : 1;
+    for (const name of ["tickvals", "ticktext"]) {
+      if (step > 1) across[name] = across[name].filter((_, i) => i % step === 0);
+    }
     const names = spec.data.filter((one) => one.name).length;
     const layout = Object.assign(
       {
@@ -53,7 +58,7 @@
       {
         height: given.height + (narrow && names > 2 ? 20 * names : 0), // the legend gets a line for each name
         margin: Object.assign({ l: 8, r: 8, t: 8, b: 8 }, given.margin),
-        xaxis: axis(given.xaxis),
+        xaxis: across,
         yaxis: axis(given.yaxis),
       }
     );
