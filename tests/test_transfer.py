@@ -13,7 +13,9 @@ from single_thread import one_thread  # noqa: F401
 import pyarith as pa
 from pyarith.errors import InputError, InputTypeError, NotAvailableError
 from pyarith.evaluation import HeadList, Items, TransferResult, accuracy, load_heads, named_task, save_heads, transfer
-from pyarith.evaluation.transfer import _random, _relative, _relative_correct, _same_layers, clusters_of
+from pyarith.evaluation.tasks import clusters_of
+from pyarith.evaluation.transfer import _random, _same_layers
+from pyarith.evaluation.transfer_cells import relative, relative_correct
 from pyarith.types import Head
 
 KEY = [(2, 7), (3, 3), (2, 2), (3, 7)]  # the strongest for + in the demo model
@@ -92,8 +94,8 @@ def test_numbers_of_a_cell_by_hand(result):
 def test_relative_drops():
     intact = np.array([True, True, True, True, False, False])
     right = np.array([True, False, False, False, True, False])
-    assert _relative(right, intact) == -0.5 and _relative_correct(right, intact) == -0.75
-    assert math.isnan(_relative(right, intact & False)) and math.isnan(_relative_correct(right, intact & False))
+    assert relative(right, intact) == -0.5 and relative_correct(right, intact) == -0.75
+    assert math.isnan(relative(right, intact & False)) and math.isnan(relative_correct(right, intact & False))
 
 
 def test_controls_are_what_they_are_called():

@@ -84,6 +84,10 @@ class Baseline:
     def _check_model(self, sites: ModelSites) -> None:
         """Raise InputError unless the baseline was made with this model."""
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this baseline from others, for ``store.digest``: its kind and all of its values."""
+        return {"kind": f"{type(self).__module__}.{type(self).__qualname__}", "values": vars(self)}
+
     def save(self, directory: str | Path) -> None:
         """Write ``baseline.safetensors`` and ``baseline.json``."""
         from safetensors.torch import save_file

@@ -46,8 +46,9 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def call(self, done: int) -> None:
-        """So much is done."""
+    def call(self, done: int, before: int = 0) -> None:
+        """So much is done, counted from ``before``."""
+        done += before
         if self._function is not None:
             self._function(done, self._total)
         if self._bar is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pyarith.engine.guard import untouched
 from pyarith.engine.planner import parse_bytes
 from pyarith.engine.progress import Bar, Progress, check_progress
 from pyarith.engine.references import one_batch
+from pyarith.engine.store import Store, circumstances
 from pyarith.engine.sweep_collect import Options, Prompts
 from pyarith.engine.sweep_run import run
 from pyarith.errors import BackendError, InputTypeError, check
@@ -48,6 +50,7 @@ def ablation_sweep(
     backend: str = "auto",
     verify: int = 2,
     progress: Progress = None,
+    resume: str | Path | None = None,
 ) -> AblationSweep:
     """Ablate each set of heads and MLPs in turn, everything downstream recomputed, and read the answer's logit.
 
@@ -78,6 +81,11 @@ def ablation_sweep(
             ``shared_prefix_attention`` run in their automatic backend where they have none of that name.
         verify: number of sets re-run literally with hooks, on at most two prompts; 0 = none.
         progress: None = a bar on a terminal, False = none, or a callable ``(done, total)`` in ablated prompts.
+        resume: a folder in which finished chunks of sets are kept as they are done: the same call after a kill goes on
+            from there and gives the same bits. They are taken only where model, inputs, sets, baseline, block sizes,
+            versions, device and threads are the same, and their file is whole; one folder may serve many calls, also
+            of several processes. Without ``memory_budget`` the block sizes of the interrupted run stay as long as they
+            fit into what is free. Deleting the folder is the caller's business. None = keep nothing.
 
     Returns:
         An ``AblationSweep``; its ``settings`` hold plan, forecast, backends, timings and versions.
@@ -90,6 +98,7 @@ def ablation_sweep(
         NonFiniteError: NaN or infinity met.
         MemoryBudgetError: the budget is too small; the smallest that works is named.
         BackendError: a backend asked for by name cannot run, and why.
+        StorageError: a finished chunk cannot be written to ``resume``.
 
     References: Wang et al. 2022, arXiv:2211.00593, sec. 2 (knock-outs); Juravsky et al. 2024, arXiv:2402.05099
         (attention to a shared prefix).
@@ -114,15 +123,24 @@ def ablation_sweep(
         f"baseline: expected ZeroAblation, MeanAblation or ResampleAblation, got {type(baseline).__name__}",
         InputTypeError,
     )
-    budget = parse_bytes(memory_budget)
+    budget, store = parse_bytes(memory_budget), Store(resume)
     sites = resolve(model)
     wanted = parse_sets(sets, sites.n_layers, sites.n_heads)
     backends = _backends(sites, backend)
     prompts = _prompts(sites, input_ids, answers, attention_mask, foils)
     baseline.check(sites, len(prompts.ids), prompts.lengths)
     total = len(wanted) * len(prompts.ids)
+    parts = store.under(
+        lambda: {
+            "what": ["ablation_sweep", positions, predictions, backends, wanted],
+            "prompts": [prompts.ids, prompts.lengths, prompts.targets],
+            "baseline": baseline.identity(),
+            "circumstances": circumstances(sites),
+        }
+    )
     with untouched(model), Bar(progress, total, "prompt", "ablation_sweep") as bar:
-        options = Options(baseline, positions == "end", predictions, budget, backend, backends, verify, bar.call)
+        end = positions == "end"
+        options = Options(baseline, end, predictions, budget, backend, backends, verify, bar.call, parts)
         arrays, verification_error, record = run(sites, prompts, wanted, options)
     return AblationSweep(
         wanted,

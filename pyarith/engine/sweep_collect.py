@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyarith.engine import oracle
@@ -15,10 +16,13 @@ from pyarith.engine.baselines import Baseline
 from pyarith.engine.batch import Batch
 from pyarith.engine.readout import Readout, split
 from pyarith.engine.replay import Replay
+from pyarith.engine.store import Store
 from pyarith.engine.sweep_inputs import Clean
 from pyarith.engine.sweep_layers import Chunk
 from pyarith.errors import NonFiniteError, SelfCheckError
 from pyarith.models.sites import ModelSites
+
+Array = NDArray[Any]
 
 _VOCAB_ROWS = 256  # rows whose logits over the whole vocabulary exist at a time
 
@@ -35,6 +39,7 @@ class Options:
     backends: dict[str, str]
     verify: int
     progress: Callable[[int], None]
+    parts: Store
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Collector:
     options: Options
     arrays: dict[str, Any] = field(default_factory=dict)
     done: int = 0
+    resumed: int = 0  # parts of earlier runs
 
     def __post_init__(self) -> None:
         n, foils = self.prompts.targets.shape[0], self.prompts.targets.shape[1] - 1
@@ -76,30 +82,32 @@ class Collector:
         targets = self.prompts.targets[clean.indices].to(self.sites.device)
         return Readout(self.sites, self.replay.final_norm, self.replay.unembed, targets, self.replay.backend)
 
-    def own(self, clean: Clean) -> None:
-        """The model's own logits."""
-        index = clean.indices.numpy()
-        self._put("clean_", (index,), self._readout(clean).of_hidden(clean.hidden).cpu().numpy())
+    def own(self, clean: Clean) -> dict[str, Array]:
+        """The model's own logits [batch, 1 + k], and predictions [batch] if asked for."""
+        found = {"logits": self._readout(clean).of_hidden(clean.hidden).cpu().numpy()}
         if self.options.predictions:
-            self.arrays["clean_predictions"][index] = self._most_probable(clean.hidden).cpu().numpy()
+            found["predictions"] = self._most_probable(clean.hidden).cpu().numpy()
+        return found
 
-    def add(self, clean: Clean, chunk: Chunk, rows: Tensor) -> None:
-        """rows [1 + set, batch, d_model] after the last block.
+    def read(self, clean: Clean, chunk: Chunk, rows: Tensor, own: Array) -> dict[str, Array]:
+        """Logits [1 + set, batch, 1 + k], the identity row first, and predictions [set, batch] if asked for.
 
+        Args:
+            rows: [1 + set, batch, d_model] after the last block.
+            own: [batch] the model's own logits.
         Raises:
             NonFiniteError: a logit is NaN or infinite.
             SelfCheckError: the identity row is not the model's own logit.
         """
         x = self.replay._buffer("x", tuple(rows.shape), self.sites.dtype)
         rows = rows.contiguous()
+        found: dict[str, Array] = {}
         if self.options.predictions:
             self.replay.final_norm(rows, None, None, x)
-            tokens = self._most_probable(x[1:].flatten(0, 1)).view(len(chunk), clean.batch).cpu().numpy()
-            self.arrays["predictions"][chunk.indices[:, None], clean.indices.numpy()] = tokens
+            tokens = self._most_probable(x[1:].flatten(0, 1)).view(len(chunk), clean.batch)
+            found["predictions"] = tokens.cpu().numpy()
         readout = self._readout(clean)
         logits = readout.read(rows, 0, len(rows), 0, None, None, x, False).logits.cpu().numpy()
-        index = clean.indices.numpy()
-        own = self.arrays["clean_logits"][index]
         if not (np.isfinite(logits).all() and np.isfinite(own).all()):
             bad = ~np.isfinite(logits[..., 0])
             what = "the identity row" if bad[0].any() else f"{int(bad.any(1).sum())} sets of heads"
@@ -107,11 +115,8 @@ class Collector:
                 f"non-finite values: {what} at the final norm (the model overflows {self.sites.dtype}, or a weight "
                 "or baseline holds NaN): load the model in fp32 or bf16"
             )
-        self._check_identity(index, logits[0, :, 0], own)
-        self._put("identity_", (index,), logits[0])
-        self._put("", (chunk.indices[:, None], index), logits[1:])
-        self.done += len(chunk) * clean.batch
-        self.options.progress(self.done)
+        self._check_identity(clean.indices.numpy(), logits[0, :, 0], own)
+        return {**found, "logits": logits}
 
     def _check_identity(self, index: Any, identity: Any, own: Any) -> None:
         error = np.abs(identity - own)
@@ -124,7 +129,25 @@ class Collector:
                 f"{allowed:.2g}). The model does something that its family spec does not describe; no result is given"
             )
 
-    def _put(self, name: str, at: tuple[Any, ...], logits: Any) -> None:
+    def put_own(self, block: Tensor, found: Mapping[str, Array]) -> None:
+        """Store what ``own`` gave for a block of prompts."""
+        index = block.numpy()
+        self._put("clean_", (index,), found["logits"])
+        if self.options.predictions:
+            self.arrays["clean_predictions"][index] = found["predictions"]
+
+    def put(self, block: Tensor, chunk: Chunk, found: Mapping[str, Array]) -> None:
+        """Store what ``read`` gave for a chunk of sets on a block of prompts, and tell how far the sweep is."""
+        index = block.numpy()
+        logits = found["logits"]
+        self._put("identity_", (index,), logits[0])
+        self._put("", (chunk.indices[:, None], index), logits[1:])
+        if self.options.predictions:
+            self.arrays["predictions"][chunk.indices[:, None], index] = found["predictions"]
+        self.done += len(chunk) * len(index)
+        self.options.progress(self.done)
+
+    def _put(self, name: str, at: tuple[Any, ...], logits: Array) -> None:
         self.arrays[f"{name}logits"][at] = logits[..., 0]
         if f"{name}foil_logits" in self.arrays:
             self.arrays[f"{name}foil_logits"][at] = logits[..., 1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pyarith.ablation_result import Ablation
 from pyarith.engine import oracle
 from pyarith.engine.clock import mark, seconds
 from pyarith.engine.memory import is_out_of_memory, smaller
+from pyarith.engine.planner import free_bytes
 from pyarith.engine.replay import Replay
 from pyarith.engine.sweep_collect import Collector, Options, Prompts
 from pyarith.engine.sweep_end import SharedPrefix, shared_prefix
@@ -30,24 +32,28 @@ def run(
     replay = Replay(sites, options.backend, heads=True, mlps=False, frozen=False, log_probs=False)
     oracle.attach(sites, replay, prompts.batch())
     planner = SweepPlanner(sites, replay, prompts.lengths, sets, options.end)
-    plan = planner.plan(options.memory_budget)
+    plans = _Plans(planner, options)
     collector = Collector(sites, replay, prompts, len(sets), options)
     timings = {"clean": 0.0, "ablated": 0.0}
     order = prompts.lengths.argsort(stable=True)  # prompts of similar length side by side
     done = 0
     with Carrier(sites, replay, options.backends) as carrier:
         while done < len(order):
+            plan = plans.at(done)
+            block = order[done : done + plan.prompts]
+            collector.done = done * len(sets)  # a block that ran out of memory is counted anew
             try:
-                for block in order[done:].split(plan.prompts):
-                    collector.done = done * len(sets)  # a block that ran out of memory is counted anew
-                    _block(carrier, prompts, sets, block, plan, collector, timings)
-                    done += len(block)
+                _block(carrier, prompts, sets, block, plan, collector, timings)
+                done += len(block)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                plan = smaller(plan, sites, error)
+                plans.change(done, smaller(plan, sites, error))
                 replay.release()
-    record = {"plan": vars(plan), "forecast": planner.forecast(plan).record(), "seconds": timings}
+    plan = plans.at(done)
+    record: dict[str, Any] = {"plan": vars(plan), "forecast": planner.forecast(plan).record(), "seconds": timings}
+    if options.parts.folder is not None:
+        record["resumed_parts"] = collector.resumed
     verified = None
     if options.verify:
         start = time.perf_counter()
@@ -66,6 +72,32 @@ def run(
     return collector.arrays, verified, record
 
 
+class _Plans:
+    """Block sizes from a prompt on: one plan, and a smaller one from each place where memory ran out.
+
+    They are kept with the parts: a run that goes on takes the same blocks, whatever memory is free by then, as long as
+    they fit into it. (Bits depend on the blocks.)
+    """
+
+    def __init__(self, planner: SweepPlanner, options: Options) -> None:
+        self._parts, self._key = options.parts, ("plans", options.memory_budget)
+        found = self._parts.get(*self._key)
+        self._all = [(done, SweepPlan(*sizes)) for done, sizes in found.record["plans"]] if found else []
+        limit = free_bytes(planner.sites.device) if options.memory_budget is None else options.memory_budget
+        if not self._all or planner.bytes(self._all[0][1]) > limit:
+            self._all = []
+            self.change(0, planner.plan(options.memory_budget))
+
+    def at(self, done: int) -> SweepPlan:
+        """The plan of the block that starts with prompt ``done`` of the order."""
+        return next(plan for start, plan in reversed(self._all) if start <= done)
+
+    def change(self, done: int, plan: SweepPlan) -> None:
+        """Another plan from ``done`` on."""
+        self._all = [*(one for one in self._all if one[0] < done), (done, plan)]
+        self._parts.put(self._key, {}, {"plans": [(start, astuple(one)) for start, one in self._all]})
+
+
 def _block(
     carrier: Carrier,
     prompts: Prompts,
@@ -75,8 +107,22 @@ def _block(
     collector: Collector,
     timings: dict[str, float],
 ) -> None:
-    """All sets on a block of prompts."""
+    """All sets on a block of prompts, as far as they are not among the parts of an earlier run."""
     sites, options = carrier.sites, collector.options
+    chunks = make_chunks(sites, sets, plan.sets)
+    keep = {int(chunk.first[0]) for chunk in chunks[1:]}
+    parts = options.parts.under(lambda: [vars(plan), block])
+    own, starts = parts.get("clean"), parts.get("starts")
+    found = [parts.get("sets", chunk.indices) for chunk in chunks]
+    if keep and starts is None:
+        found[0] = None  # the later chunks start from what it keeps on its way
+    collector.resumed += len(found) - found.count(None)
+    if own is not None and None not in found:
+        collector.put_own(block, own.arrays)
+        for chunk, part in zip(chunks, found, strict=True):
+            assert part is not None
+            collector.put(block, chunk, part.arrays)
+        return
     start = mark(sites.device)
     lengths = prompts.lengths[block]
     prepare = prepare_end if options.end else prepare_all
@@ -85,12 +131,21 @@ def _block(
     middle = mark(sites.device)
     prefix = SharedPrefix(sites, clean, options.backends["shared_prefix_attention"]) if options.end else None
     values = Values(sites, options.baseline, clean)
-    collector.own(clean)
-    chunks = make_chunks(sites, sets, plan.sets)
-    keep = {int(chunk.first[0]) for chunk in chunks[1:]}
+    logits = collector.own(clean)
+    parts.put(("clean",), logits)
+    collector.put_own(block, logits)
+    if found[0] is not None and starts is not None:
+        clean.start.update({int(layer): torch.from_numpy(x).to(sites.device) for layer, x in starts.arrays.items()})
     with shared_prefix(sites, prefix) if prefix is not None else nullcontext():
-        for chunk in chunks:
+        for chunk, part in zip(chunks, found, strict=True):
+            if part is not None:
+                collector.put(block, chunk, part.arrays)
+                continue
             rows = carrier.run(clean, chunk, values, plan.tokens, keep, prefix)
-            collector.add(clean, chunk, rows)
+            arrays = collector.read(clean, chunk, rows, logits["logits"][:, 0])
+            if chunk is chunks[0] and keep:
+                parts.put(("starts",), {str(layer): clean.start[layer].cpu().numpy() for layer in sorted(keep)})
+            parts.put(("sets", chunk.indices), arrays)
+            collector.put(block, chunk, arrays)
     timings["clean"] += seconds(start, middle)
     timings["ablated"] += seconds(middle, mark(sites.device))

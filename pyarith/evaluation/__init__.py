@@ -7,7 +7,8 @@ from pyarith.evaluation.harness import harness_scores
 from pyarith.evaluation.heads import HeadList, load_heads, save_heads
 from pyarith.evaluation.items import Items, items_from_rows, load_items
 from pyarith.evaluation.score import Accuracy, accuracy
-from pyarith.evaluation.transfer import named_task, transfer
+from pyarith.evaluation.tasks import named_task
+from pyarith.evaluation.transfer import transfer
 from pyarith.evaluation.transfer_result import TransferResult
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from pyarith.engine.guard import untouched
 from pyarith.errors import InputError, check
 from pyarith.evaluation.score import Accuracy, accuracy
-from pyarith.evaluation.transfer import Task, as_tasks, clusters_of
+from pyarith.evaluation.tasks import Task, as_tasks, clusters_of
 from pyarith.models.sites import resolve
 from pyarith.prompts import SPACES, Aligner, PromptPairs
 from pyarith.stats import Clusters, accuracy_difference, benjamini_hochberg, bootstrap_mean, mcnemar

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyarith.ablation_result import Ablation
-from pyarith.engine.ablation import ablated
-from pyarith.engine.baselines import Baseline, MeanAblation, ZeroAblation
-from pyarith.engine.sweep import ablation_sweep
-from pyarith.errors import AlignmentError, InputError, InputTypeError, check
-from pyarith.evaluation.generate import generate
+from pyarith.engine.baselines import Baseline
+from pyarith.engine.progress import Bar, Progress, check_progress
+from pyarith.engine.store import Store, circumstances
+from pyarith.errors import InputError, check
 from pyarith.evaluation.heads import HeadList, as_head_list
-from pyarith.evaluation.items import Items, as_items
-from pyarith.evaluation.transfer_result import Cell, Control, TransferResult
+from pyarith.evaluation.tasks import as_tasks, clusters_of, described
+from pyarith.evaluation.transfer_cells import make_cell
+from pyarith.evaluation.transfer_result import TransferResult
+from pyarith.evaluation.transfer_runs import TaskRun, Way
 from pyarith.models.sites import ModelSites, resolve
-from pyarith.prompts import Aligner, PromptPairs
-from pyarith.stats import Clusters, accuracy_difference, mcnemar
-from pyarith.tasks import arithmetic, draw_problems, problem_pairs
 from pyarith.types import Head
 
 CONTROLS = ("random", "same_layer")
 _BASELINES = ("mean", "zero")
-_OPERATORS = ("+", "-", "*", "/")
-_LEAST = 5  # clusters of a factor that an interval needs
-
-Task = PromptPairs | Items
 
 
 def transfer(
@@ -45,6 +40,8 @@ def transfer(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     resamples: int = 2000,
+    progress: Progress = None,
+    resume: str | Path | None = None,
     **options: Any,
 ) -> TransferResult:
     """Ablate lists of heads on tasks they were not found on, and compare with the intact model, item by item.
@@ -73,7 +70,12 @@ def transfer(
         n: items of a task given by name (fewer where it has fewer).
         max_new_tokens, batch_size: of generation.
         resamples: of the interval of the difference.
-        options: for ``ablation_sweep`` (``memory_budget``, ``backend``, ``verify``, ``progress``).
+        progress: None = a bar on a terminal, False = none, or a callable ``(done, total)`` in answered items: those of
+            all tasks, by the intact model and under every set of heads.
+        resume: a folder in which finished parts are kept as they are done (a set of heads on a task that is generated,
+            chunks of sets on one that is read off): the same call after a kill goes on from there and gives the same
+            result, see ``ablation_sweep``. None = keep nothing.
+        options: for ``ablation_sweep`` (``memory_budget``, ``backend``, ``verify``).
     Returns:
         A ``TransferResult``: a cell per task and list with the paired tests and the controls.
     Raises:
@@ -85,7 +87,8 @@ def transfer(
         model never gets right has no relative drop (NaN) and says so.
     References: Zhang et al. 2024, arXiv:2409.01659, sec. 4 (transfer of key heads); the tests: see ``pyarith.stats``.
     """
-    sites = resolve(model)
+    sites, store = resolve(model), Store(resume)
+    check_progress(progress)
     for name, value, least in (("draws", draws, 1), ("n", n, 1), ("resamples", resamples, 100)):
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         check(whole, f"{name}: expected a whole number >= {least}, got {value!r}")
@@ -96,34 +99,33 @@ def transfer(
     lists = _lists(head_lists, sites)
     given = as_tasks(tasks, tokenizer, n, seed)
     sets = {name: _sets(one, controls, draws, seed, sites) for name, one in lists.items()}
-    flat = list(dict.fromkeys(s for some in sets.values() for arm in some.values() for s in arm))
-    cells, names = [], {}
+    flat = tuple(dict.fromkeys(s for some in sets.values() for arm in some.values() for s in arm))
+    parts = store.under(
+        lambda: {
+            "what": "transfer",
+            "baseline": baseline.identity() if isinstance(baseline, Baseline) else baseline,
+            "circumstances": circumstances(sites),
+        }
+    )
+    way = Way(model, tokenizer, flat, baseline, max_new_tokens, batch_size, options, parts)
+    cells, names, done = [], {}, 0
     intact: dict[str, np.ndarray] = {}
-    for task, items in given.items():
-        values = _baseline(model, tokenizer, items, baseline)
-        names[task] = values.name
-        if isinstance(items, PromptPairs):
-            right, by_set = _swept(model, items, flat, values, options)
-        else:
-            right, by_set = _generated(model, tokenizer, items, flat, values, max_new_tokens, batch_size)
-        intact[task] = right
-        clusters = clusters_of(items)
-        for name, some in sets.items():
-            arms = {arm: np.array([by_set[s] for s in drawn]) for arm, drawn in some.items()}
-            cells.append(_cell(task, name, lists[name], right, arms, some, clusters, resamples, seed))
+    total = sum(map(len, given.values())) * (1 + len(flat))
+    with Bar(progress, total, "item", "transfer") as bar:
+        for task, items in given.items():
+            intact[task], right, names[task] = TaskRun(way, items, partial(bar.call, before=done)).run()
+            done += len(items) * (1 + len(flat))
+            clusters = clusters_of(items)
+            for name, some in sets.items():
+                arms = {arm: np.array([right[s] for s in drawn]) for arm, drawn in some.items()}
+                cells.append(make_cell(task, name, lists[name], intact[task], arms, some, clusters, resamples, seed))
     settings = {
         **{"draws": draws, "seed": seed, "n": n, "resamples": resamples, "max_new_tokens": max_new_tokens},
         "baselines": names,
         "baseline_of": {"mean": "each task's own prompts", "zero": ""}.get(str(baseline), "given by the caller"),
-        "tasks": {task: _described(items) for task, items in given.items()},
+        "tasks": {task: described(items) for task, items in given.items()},
     }
     return TransferResult(tuple(given), tuple(lists), tuple(cells), intact, settings)
-
-
-def _described(items: Task) -> dict[str, Any]:
-    """How a task's answers were read, and where it comes from."""
-    way = "most probable token" if isinstance(items, PromptPairs) else f"greedy continuation, {items.kind}"
-    return {"items": len(items), "answers": way, "source": {k: str(v) for k, v in items.settings.items()}}
 
 
 def _lists(head_lists: Any, sites: ModelSites) -> dict[str, HeadList]:
@@ -139,56 +141,6 @@ def _lists(head_lists: Any, sites: ModelSites) -> dict[str, HeadList]:
         except InputError as error:
             raise InputError(f"head_lists[{name!r}]: {error}") from None
     return found
-
-
-def as_tasks(tasks: Any, tokenizer: Any, n: int, seed: int) -> dict[str, Task]:
-    """Tasks by name, from a mapping or from names of tasks; see ``transfer``.
-
-    Raises:
-        InputError, InputTypeError: none, an unknown name, or items that are none.
-    """
-    if not isinstance(tasks, Mapping):
-        listed = isinstance(tasks, list | tuple) and all(isinstance(name, str) for name in tasks)
-        check(listed, "tasks: expected a mapping of names to items, or a list of names of tasks", InputTypeError)
-        tasks = {name: named_task(tokenizer, name, n, seed) for name in tasks}
-    check(len(tasks) > 0, "tasks: expected at least one, got none")
-    return {
-        str(name): one if isinstance(one, PromptPairs) else as_items(one, f"tasks[{name!r}]")
-        for name, one in tasks.items()
-    }
-
-
-def named_task(tokenizer: Any, name: str, n: int = 100, seed: int = 0) -> Task:
-    """A task of ``pyarith.tasks`` by its name: ``PromptPairs`` where its answers are one token, else ``Items``.
-
-    Args:
-        name: an operator, or one of ``tasks.ARITHMETIC_TASKS`` and ``tasks.CONTROL_TASKS``.
-        n: pairs or items; fewer where the task has fewer.
-    Raises:
-        InputError: an unknown name.
-    """
-    if name in _OPERATORS:
-        return arithmetic(tokenizer, name, n=n, seed=seed)
-    try:
-        return problem_pairs(tokenizer, name, n, seed, fewer=True)
-    except AlignmentError:
-        return Items.from_problems(draw_problems(name, n, seed))
-
-
-def _baseline(model: Any, tokenizer: Any, items: Task, baseline: Any) -> Baseline:
-    """What replaces z on one task."""
-    if isinstance(baseline, Baseline):
-        return baseline
-    if baseline == "zero":
-        return ZeroAblation()
-    if isinstance(items, PromptPairs):
-        inputs = items.inputs()
-        return MeanAblation.from_inputs(model, inputs["clean"], inputs["attention_mask"])
-    rows = Aligner(tokenizer).encode(items.prompts)
-    by_length: dict[int, list[list[int]]] = {}
-    for ids in rows:
-        by_length.setdefault(len(ids), []).append(ids)
-    return MeanAblation.from_inputs(model, list(by_length.values()))
 
 
 def _sets(
@@ -219,103 +171,3 @@ def _same_layers(heads: Sequence[Head], every: list[Head], rng: np.random.Genera
         picked = [others[i] for i in rng.permutation(len(others))[: len(own)]]
         drawn += picked + [own[i] for i in rng.permutation(len(own))[: len(own) - len(picked)]]
     return drawn
-
-
-def _swept(
-    model: Any, pairs: PromptPairs, flat: list[Ablation], baseline: Baseline, options: dict[str, Any]
-) -> tuple[np.ndarray, dict[Ablation, np.ndarray]]:
-    """bool [item] of the intact model and of each set, one-token answers."""
-    settings = {"progress": False, **options}
-    sweep = ablation_sweep(model, pairs, sets=flat, baseline=baseline, predictions=True, **settings)
-    assert sweep.predictions is not None and sweep.clean_predictions is not None
-    answers = np.asarray(pairs.answers)
-    return sweep.clean_predictions == answers, {s: sweep.predictions[sweep.of(s)] == answers for s in flat}
-
-
-def _generated(
-    model: Any, tokenizer: Any, items: Items, flat: list[Ablation], baseline: Baseline, limit: int, batch_size: int
-) -> tuple[np.ndarray, dict[Ablation, np.ndarray]]:
-    """The same for free answers: one generation of all items per set."""
-
-    def right() -> np.ndarray:
-        texts = generate(model, tokenizer, items.prompts, max_new_tokens=limit, batch_size=batch_size)
-        return items.is_correct(texts)
-
-    intact, found = right(), {}
-    for one in flat:
-        with ablated(model, one.heads, baseline):
-            found[one] = right()
-    return intact, found
-
-
-def clusters_of(items: Task) -> Clusters | None:
-    """What the statistics of a task resample: pair and template, the one with 5 values, or items; None: too few."""
-    try:
-        found = Clusters.of(items)
-    except InputError:
-        found = Clusters.of({"item": np.arange(len(items))})
-    enough = [name for name, size in found.sizes.items() if size >= _LEAST]
-    if len(enough) == len(found.names):
-        return found
-    return found.only(enough[0]) if enough else None
-
-
-def _cell(
-    task: str,
-    name: str,
-    heads: HeadList,
-    intact: np.ndarray,
-    arms: dict[str, np.ndarray],
-    sets: dict[str, tuple[Ablation, ...]],
-    clusters: Clusters | None,
-    resamples: int,
-    seed: int,
-) -> Cell:
-    """One task under one list; ``arms`` bool [draw, item]."""
-    right = arms["key"][0]
-    test = mcnemar(right, intact)
-    difference = (
-        None if clusters is None else accuracy_difference(right, intact, clusters, resamples=resamples, seed=seed)
-    )
-    controls = {
-        arm: Control(
-            heads=tuple(one.heads for one in sets[arm]),
-            accuracy=tuple(float(value) for value in drawn.mean(1)),
-            relative_drop=tuple(_relative(one, intact) for one in drawn),
-            relative_drop_correct=tuple(_relative_correct(one, intact) for one in drawn),
-            p=float((1 + (drawn.sum(1) <= right.sum()).sum()) / (1 + len(drawn))),
-        )
-        for arm, drawn in arms.items()
-        if arm != "key"
-    }
-    nan = float("nan")
-    return Cell(
-        task=task,
-        heads=name,
-        head_names=tuple(map(str, heads.heads)),
-        n=len(intact),
-        right_intact=int(intact.sum()),
-        right=int(right.sum()),
-        relative_drop=_relative(right, intact),
-        relative_drop_correct=_relative_correct(right, intact),
-        difference=float(right.mean() - intact.mean()),
-        low=nan if difference is None else difference.low,
-        high=nan if difference is None else difference.high,
-        p=nan if difference is None else difference.p,
-        lost=test.only_b,
-        gained=test.only_a,
-        p_mcnemar=test.p,
-        method="too few items for an interval" if difference is None else difference.method,
-        correct=right,
-        controls=controls,
-    )
-
-
-def _relative(right: np.ndarray, intact: np.ndarray) -> float:
-    """(accuracy - intact accuracy) / intact accuracy, NaN where the intact model is never right."""
-    return float((int(right.sum()) - int(intact.sum())) / int(intact.sum())) if intact.any() else float("nan")
-
-
-def _relative_correct(right: np.ndarray, intact: np.ndarray) -> float:
-    """The same over the items that the intact model gets right."""
-    return float(right[intact].mean() - 1) if intact.any() else float("nan")

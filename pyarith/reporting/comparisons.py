@@ -13,7 +13,7 @@ import numpy as np
 from pyarith import tasks
 from pyarith.errors import InputError, check
 from pyarith.evaluation.generate import first_choices
-from pyarith.evaluation.transfer import named_task
+from pyarith.evaluation.tasks import named_task
 from pyarith.models.sites import resolve
 from pyarith.prompts import PromptPairs
 from pyarith.tuning.arms import Arm, full_arm, head_arm, lora_arm, mask_arm, random_heads, same_layer_heads
