@@ -35,10 +35,10 @@ class Words:
         return self.foreign if ids == [0] else f" t{ids[0]}"
 
 
-def pairs_of(sign: str, prompt: str) -> PromptPairs:
-    """Pairs with six values of each factor; the first prompt is ``prompt``."""
+def pairs_of(sign: str, prompt: str, seed: int = 0) -> PromptPairs:
+    """Pairs with six values of each factor; the first prompt is ``prompt``, another seed gives other tokens."""
     rows = np.arange(PROMPTS)
-    ids = np.arange(PROMPTS * TOKENS).reshape(PROMPTS, TOKENS) % 89
+    ids = np.arange(PROMPTS * TOKENS).reshape(PROMPTS, TOKENS) % (89 - seed)
     ids[0, 0] = 0
     names = ("other", "operand_a", "operator", "operand_b", "other", "other")
     return PromptPairs(
@@ -76,7 +76,7 @@ def discovery(sign: str, prompt: str, seed: int) -> Discovery:
         settings={"n_layers": LAYERS, "n_heads": HEADS, "backends": {"add_norm": "cpu"}, "family": "llama"},
     )
     right = np.arange(PROMPTS) != 5
-    return Discovery(pairs_of(sign, prompt), result, right, ~right, 1, 0, {"patching": 0.5})
+    return Discovery(pairs_of(sign, prompt, seed), result, right, ~right, 1, 0, {"patching": 0.5})
 
 
 def write_run(path: Path, *, signs: tuple[str, ...] = SIGNS, prompt: str = "a prompt", seed: int = 0) -> Path:

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import report_runs
 from browser import CHROMIUM, Browser
-from test_report import HOSTILE
+from report_page import HOSTILE
 
 from pyarith.reporting import SavedRun
 from pyarith.reporting.report import write_report
