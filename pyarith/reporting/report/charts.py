@@ -250,3 +250,62 @@ def stacked(parts: Sequence[Part], y: Axis) -> Figure:
     layout = {"barmode": "stack", "bargap": 0.25, "xaxis": {"range": [0, 100], "ticksuffix": "%", "zeroline": False}}
     layout["yaxis"] = {**axis, "showgrid": False, "zeroline": False}
     return {"data": traces, "layout": {**layout, "height": 28 * len(y.names) + 110, "showlegend": True}}
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of one kind: those that count filled and with their mean, the others hollow.
+
+    Attributes:
+        name: for the legend.
+        x, y: of each point.
+        chosen: bool of each.
+        colour, symbol: as of a ``Line``.
+        hover: what each point says.
+    """
+
+    name: str
+    x: Values
+    y: Values
+    chosen: Sequence[bool]
+    colour: str
+    symbol: str
+    hover: Sequence[str]
+
+
+def scatter(clouds: Sequence[Cloud], *, x_title: str, y_title: str, unit: str = "") -> Figure:
+    """Points of several kinds about a cross at 0."""
+    traces: list[dict[str, Any]] = []
+    for cloud in clouds:
+        look = {"type": "scatter", "mode": "markers", "legendgroup": cloud.name, "name": cloud.name}
+        for chosen in (False, True):
+            some = [i for i, one in enumerate(cloud.chosen) if one == chosen]
+            symbol = cloud.symbol if chosen else f"{cloud.symbol}-open"
+            traces.append(
+                {
+                    **look,
+                    "x": values([cloud.x[i] for i in some]),
+                    "y": values([cloud.y[i] for i in some]),
+                    "marker": {"color": f"@{cloud.colour}", "symbol": symbol, "size": 7},
+                    "hovertext": [cloud.hover[i] for i in some],
+                    "hoverinfo": "text",
+                    "showlegend": False,
+                }
+            )
+        mean = [float(np.mean([one[i] for i in range(len(one)) if cloud.chosen[i]])) for one in (cloud.x, cloud.y)]
+        line = {"color": "@ink", "width": 1.2}
+        traces.append(
+            {
+                **look,
+                "x": values(mean[:1]),
+                "y": values(mean[1:]),
+                "marker": {"color": f"@{cloud.colour}", "symbol": cloud.symbol, "size": 14, "line": line},
+                "hovertext": [f"<b>{cloud.name}</b>, mean over seeds<br>{mean[0]:+.1f}{unit} / {mean[1]:+.1f}{unit}"],
+                "hoverinfo": "text",
+            }
+        )
+    axes = {
+        "xaxis": {"title": {"text": x_title}, "ticksuffix": unit, "zeroline": True},
+        "yaxis": {"title": {"text": y_title}, "ticksuffix": unit, "zeroline": True},
+    }
+    return {"data": traces, "layout": {**axes, "height": 440, "showlegend": True}}

@@ -2,6 +2,7 @@
 
 from pyarith.reporting.report.sections.attention import ATTENTION
 from pyarith.reporting.report.sections.attribution import ATTRIBUTION
+from pyarith.reporting.report.sections.compare import COMPARE
 from pyarith.reporting.report.sections.cosines import COSINES
 from pyarith.reporting.report.sections.effects import HEADS, MLPS
 from pyarith.reporting.report.sections.knockout import KNOCKOUT
@@ -11,6 +12,7 @@ from pyarith.reporting.report.sections.overview import JUDGING, OVERVIEW
 from pyarith.reporting.report.sections.provenance import PROVENANCE
 from pyarith.reporting.report.sections.section import Section
 from pyarith.reporting.report.sections.transfer import TRANSFER
+from pyarith.reporting.report.sections.tune import TUNE
 
 SECTIONS: tuple[Section, ...] = (
     OVERVIEW,
@@ -24,6 +26,8 @@ SECTIONS: tuple[Section, ...] = (
     ATTRIBUTION,
     OVERLAP,
     TRANSFER,
+    TUNE,
+    COMPARE,
     PROVENANCE,
 )
 
