@@ -245,13 +245,14 @@ class PrefixCache:
         guard.check_length(given["input_ids"], given.get("position_ids"))
         context = self._context()
         digest = batch_digest(given, context)
-        rows = None if self.exact else example_rows(given, context, self._labels)
-        found = self._store.batch(digest, sites.device)
+        found, rows = self._store.batch(digest, sites.device), None
         if found is not None:
             self._served += 1
-        elif rows is not None:
-            found = self._store.assembled(rows, given["input_ids"].shape[1], sites.device)
-            self._assembled += found is not None
+        elif not self.exact:
+            rows = example_rows(given, context, self._labels)
+            if rows is not None:
+                found = self._store.assembled(rows, given["input_ids"].shape[1], sites.device)
+                self._assembled += found is not None
         self._look_at_values(found is not None)
         kept, states = (None, None) if found is None else found
         in_tuple = kept is not None and kept.in_tuple
@@ -277,10 +278,10 @@ class PrefixCache:
         self._store.put(Kept(call.digest, call.rows, in_tuple, spent, tokens), states.detach())
 
     def _context(self) -> str:
-        """What changes the bits of the states beside arguments and weights."""
+        """What may change the bits of the states beside arguments and weights."""
         kind = self._sites.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return f"{cast} {self._sites.attention} {torch.get_float32_matmul_precision()}"
+        return f"{cast} {self._sites.attention} {torch.get_float32_matmul_precision()} {torch.get_num_threads()}"
 
     def _draws(self) -> tuple[Tensor, ...]:
         """States of the generators that the model may draw from."""

@@ -20,29 +20,30 @@ from torch import Tensor
 
 from pyarith import __version__
 from pyarith.errors import InputError, check
+from pyarith.models.fingerprint import identify
 from pyarith.models.sites import ModelSites
+from pyarith.tuning.checkpoint import differences
 from pyarith.tuning.prefix_guard import PrefixGuard
 
 _NAME = re.compile(r"([0-9a-f]{32})\.prefix")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABANDONED = 3600  # seconds after which a half-written file is no longer somebody's
-# config entries that change nothing in the layers
-_NOT_THE_MODEL = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict")
+_SHOWN = 4
 
 
 def origin_of(sites: ModelSites, guard: PrefixGuard) -> dict[str, Any]:
     """What states depend on beside the batch, the weights below hashed in full: equal origins give equal bits."""
     import transformers
 
-    config = {k: v for k, v in sites.config.to_dict().items() if k[:1] != "_" and k not in _NOT_THE_MODEL}
+    identity = identify(sites.model)
     weights = hashlib.sha256()
     for name, value in guard.weights():
         weights.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         weights.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     on_cuda = sites.device.type == "cuda"
     return {
-        "model": type(sites.model).__name__,
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "model": identity.kind,
+        "config": identity.config,
         "weights below": weights.hexdigest(),
         "first_layer": guard.first_layer,
         "device": torch.cuda.get_device_name(sites.device) if on_cuda else sites.device.type,
@@ -104,17 +105,17 @@ class PrefixFolder:
             if about is None:
                 self.unreadable += 1
                 continue
-            found = about["origin"]
-            if found != self._origin:
-                other = [
-                    f"{key} ({found.get(key)} there, {value} here)"
-                    for key, value in self._origin.items()
-                    if found.get(key) != value
-                ]
-                raise InputError(
-                    f"disk: {self.place} holds states with another {', '.join(other)}; give another folder or delete it"
-                )
+            other = differences(about["origin"], self._origin)
+            check(
+                not other,
+                f"disk: {self.place} holds states that this model would not compute here: {'; '.join(other[:_SHOWN])}; "
+                "give another folder, or delete it",
+            )
             yield about
+
+    def has_room(self, digest: str, size: int) -> bool:
+        """Whether a file of ``size`` bytes may be written."""
+        return not self.full and self.bytes - self._sizes.get(digest, 0) + size <= self.budget
 
     def write(self, digest: str, states: Tensor, about: dict[str, Any]) -> bool:
         """Keep ``states``, a CPU tensor; False where the budget or the disk has no room. Says once that it is full."""
@@ -123,7 +124,7 @@ class PrefixFolder:
         text = json.dumps({**about, "origin": self._origin, "digest": digest})
         head = {"about": text, "about_crc32": str(zlib.crc32(text.encode())), "crc32": str(_crc(states))}
         data = save({"states": states}, head)
-        if self.full or self.bytes - self._sizes.get(digest, 0) + len(data) > self.budget:
+        if not self.has_room(digest, len(data)):
             return False
         partial = self.place / f"{digest}.{os.getpid()}.prefix.partial"
         try:
@@ -149,23 +150,27 @@ class PrefixFolder:
 
         try:
             with safe_open(self._path(digest), "pt") as file:
+                head = file.metadata()
                 states: Tensor = file.get_tensor("states")
-                expected = int(file.metadata()["crc32"])
+            whole = self._read_about(head, digest) is not None and _crc(states) == int(head["crc32"])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return None
-        return states if _crc(states) == expected else None
+        return states if whole else None
 
     def _about(self, digest: str) -> dict[str, Any] | None:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self._path(digest), "pt") as file:
-                head = file.metadata()
-            if zlib.crc32(head["about"].encode()) != int(head["about_crc32"]):
-                return None
-            about: dict[str, Any] = json.loads(head["about"])
+                return self._read_about(file.metadata(), digest)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):
             return None
+
+    @staticmethod
+    def _read_about(head: dict[str, str], digest: str) -> dict[str, Any] | None:
+        if zlib.crc32(head["about"].encode()) != int(head["about_crc32"]):
+            return None
+        about: dict[str, Any] = json.loads(head["about"])
         return about if about["digest"] == digest else None
 
     def _path(self, digest: str) -> Path:

@@ -43,9 +43,8 @@ class PrefixGuard:
         self._hooks_around = [d for m in own for d in (m._forward_hooks, m._forward_pre_hooks)]
         self._hook_ids = list(chain.from_iterable(self._hooks_around))
         self._within = [vars(m) for m in inside if m not in set(self._blocks)]
-        self._dicts: list[dict[str, Any]] = [
-            d for m in (*inside, *around) for d in (m._modules, m._parameters, m._buffers)
-        ]
+        held = (d for m in (*inside, *around) for d in (m._modules, m._parameters, m._buffers))
+        self._dicts: list[dict[str, Any]] = [d for d in held if d]
         self._dropouts = [(m, key) for m in (*inside, *around) for key in _dropout_names(m)]
         self._limit = min((tokens for what, tokens in length_limits(sites) if what.startswith("rope")), default=None)
         shared = {id(value) for value in trained} & {id(value) for value in self._tensors()}

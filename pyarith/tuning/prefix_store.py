@@ -76,7 +76,7 @@ class PrefixStore:
         would then drop each batch just before it is wanted again.
         """
         self._remember(kept, states)
-        if self.folder is not None:
+        if self.folder is not None and self.folder.has_room(kept.digest, states.nbytes):
             if kept.memory is not None and kept.memory.device.type == "cpu":
                 if kept.ready is not None:
                     kept.ready.synchronize()
