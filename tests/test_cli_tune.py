@@ -193,6 +193,8 @@ def test_pooled_ranking_by_hand():
     plus, minus = np.array([[-0.3, -0.5], [-0.1, np.nan]]), np.array([[-0.1, -0.2], [-0.4, 0.3]])
     assert pooled_ranking([plus, minus]) == ((0, 1), (1, 0), (0, 0), (1, 1))
     assert pooled_ranking([plus]) == ranking_of(plus) == ((0, 1), (0, 0), (1, 0), (1, 1))
+    lone = [np.array([[-0.9, -0.2, -0.1]]), np.array([[0.1, -0.3, -0.2]])]
+    assert pooled_ranking(lone) == ((0, 1), (0, 0), (0, 2)), "by ranks: one large effect does not decide"
     swapped = [np.array([[-0.4, -0.1]]), np.array([[-0.2, -0.3]])]
     assert pooled_ranking(swapped) == ((0, 0), (0, 1)), "equal ranks: the stronger mean effect first"
 
