@@ -16,6 +16,7 @@ from pyarith.cli.command_knockout import knockout
 from pyarith.cli.command_merge import merge
 from pyarith.cli.command_report import report
 from pyarith.cli.command_reproduce import reproduce
+from pyarith.cli.command_transfer import transfer
 from pyarith.cli.command_tune import tune
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(demo)
 app.command()(discover)
 app.command()(knockout)
 app.command()(analyze)
+app.command()(transfer)
 app.command()(report)
 app.command()(reproduce)
 app.command()(tune)

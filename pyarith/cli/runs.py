@@ -62,6 +62,14 @@ def done_already(terminal: Terminal, step: Step) -> None:
         terminal.line(f"  {step.folder / name}")
 
 
+def went_on(terminal: Terminal, step: Step, force: bool) -> None:
+    """Says that parts of an interrupted run are there, or throws them away where all is to be done again."""
+    if force:
+        step.forget_parts()
+    elif step.parts.is_dir():
+        terminal.note("Going on with the parts that an interrupted run left")
+
+
 def with_key_heads(terminal: Terminal, run: SavedRun, threshold: float) -> dict[str, list[Any]]:
     """Operator -> heads below the threshold, of the operators that have some; says which have none.
 

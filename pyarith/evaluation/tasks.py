@@ -49,7 +49,7 @@ def named_task(tokenizer: Any, name: str, n: int = 100, seed: int = 0) -> Task:
     try:
         return problem_pairs(tokenizer, name, n, seed, fewer=True)
     except AlignmentError:
-        return Items.from_problems(draw_problems(name, n, seed))
+        return Items.from_problems(draw_problems(name, n, seed, fewer=True))
 
 
 def described(items: Task) -> dict[str, Any]:

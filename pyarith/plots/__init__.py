@@ -5,6 +5,7 @@ from pyarith.plots.effects import effects_figure, effects_panels
 from pyarith.plots.frontiers import frontier_figure
 from pyarith.plots.knockouts import knockout_figure
 from pyarith.plots.training import loss_figure
+from pyarith.plots.transfers import transfer_figure
 
 __all__ = [
     "attention_figure",
@@ -14,4 +15,5 @@ __all__ = [
     "frontier_figure",
     "knockout_figure",
     "loss_figure",
+    "transfer_figure",
 ]

@@ -75,7 +75,7 @@ def _fresh(run: SavedRun, tokenizer: Any, sign: str, n: int | None, seed: int) -
     check(
         len(kept) > 0,
         f"n: expected prompts that the run does not have, got none among {last} drawn for {sign}; the run used up what "
-        "there is: use --prompts report",
+        "there is; knockout --prompts report takes half of the run's",
     )
     pairs = drawn.subset(kept)
     seen = {row.get("pair") for row in run.prompts[sign]}

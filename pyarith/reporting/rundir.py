@@ -23,7 +23,12 @@ from pyarith.reporting.versions import versions as versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS = ("knockout", "analysis", "tune")  # what later commands add to a run; gone with the run they belong to
+STEPS = (
+    "knockout",
+    "analysis",
+    "transfer",
+    "tune",
+)  # what later commands add to a run; gone with the run they belong to
 _STAGE = ".partial"
 
 
@@ -93,6 +98,8 @@ class RunDirectory:
                 continue
         if self._old and is_report(root / REPORT):
             self._old.append(REPORT)
+        for step in STEPS if self._old else ():
+            shutil.rmtree(root / f".{step}.parts", ignore_errors=True)  # of a step that was interrupted
         for name in [RECORD, *self._old] if self._old else []:
             old = (root / name).resolve()
             if old.is_relative_to(root) and old.is_file():

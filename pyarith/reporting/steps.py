@@ -74,6 +74,16 @@ class Step:
         """The record of the finished step."""
         return self._old
 
+    @property
+    def parts(self) -> Path:
+        """A folder for what is finished of a long step, kept over a kill; gone with ``finish``."""
+        return self.run.path / f".{self.name}.parts"
+
+    def forget_parts(self) -> None:
+        """Throw away what an interrupted run left."""
+        if self.parts.is_dir():
+            shutil.rmtree(self.parts)
+
     def file(self, name: str) -> Path:
         """Where to write a file of the step, its folder made; it gets to its place with ``finish``."""
         path = self._begin(name)
@@ -128,4 +138,5 @@ class Step:
             os.replace(self._stage / name, self.folder / name)
         write_json(self.record_path, record)
         shutil.rmtree(self._stage)
+        self.forget_parts()
         return [*(self.folder / name for name in self._names), self.record_path]

@@ -26,7 +26,7 @@ _REFUSALS = {"no_swap": "no other problem of the same form and length has anothe
 _FEW_FORMS = 5  # with fewer, forms are no factor to resample over
 
 
-def draw_problems(task: str, n: int = 200, seed: int = 0) -> tuple[Drawn, ...]:
+def draw_problems(task: str, n: int = 200, seed: int = 0, *, fewer: bool = False) -> tuple[Drawn, ...]:
     """Different problems of a task, for answers of any length.
 
     Args:
@@ -35,14 +35,16 @@ def draw_problems(task: str, n: int = 200, seed: int = 0) -> tuple[Drawn, ...]:
             an operator, whose problems come in the order of ``tasks.arithmetic``'s clean prompts of the same seed.
         n: how many.
         seed: of the draw; the first of more problems are the fewer problems of the same seed.
+        fewer: where there are no ``n`` different problems, take all there are.
     Returns:
         ``n`` problems ``(prompt, answer, form, item)``; no prompt comes twice.
     Raises:
-        InputError: an unknown task, a bad ``n``, or a task with fewer than ``n`` different prompts.
+        InputError: an unknown task, a bad ``n``, or a task with fewer than ``n`` different prompts without ``fewer``.
     """
     found = _of_operator(task, n, seed) if task in OPERATORS else _different(task, n, seed)
     check(
-        len(found) == n, f"n: asked for {n} problems of {task!r}, which has {len(found)} different ones; ask for fewer"
+        len(found) == n or fewer,
+        f"n: asked for {n} problems of {task!r}, which has {len(found)} different ones; ask for fewer",
     )
     return found
 
