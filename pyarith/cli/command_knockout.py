@@ -48,12 +48,12 @@ def knockout(
     """What is left when the top heads of a run are ablated.
 
     Accuracy on prompts that the run does not have, beside random heads, random heads of the same layers and the heads
-    at the other end of the ranking.
+    at the other end of the ranking. After a kill the same command goes on where it was.
     """
     terminal = Terminal()
     with reported(debug):
         from pyarith.cli.arithmetic import name_of
-        from pyarith.cli.runs import done_already, model_of, with_key_heads
+        from pyarith.cli.runs import done_already, model_of, went_on, with_key_heads
         from pyarith.errors import check
         from pyarith.reporting import SavedRun, Step
         from pyarith.reporting.knockouts import BASELINES, PROMPTS
@@ -77,11 +77,12 @@ def knockout(
         content, rows, curves = {}, [], {}
         from pyarith.reporting.knockouts import choose, curve, curve_record, curve_rows
 
+        went_on(terminal, step, force)
         for sign in signs:
             begun = time.perf_counter()
             chosen = choose(run, tokenizer, sign, prompts, n, number)
             with terminal.bar(f"Knocking out: {sign}", len(chosen.pairs)) as progress:
-                found, alone = curve(loaded, chosen, baseline, progress=progress, **options)
+                found, alone = curve(loaded, chosen, baseline, progress=progress, resume=step.parts, **options)
             curves[sign] = found
             content[sign] = curve_record(found, chosen, alone)
             rows += curve_rows(sign, found)

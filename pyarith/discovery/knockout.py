@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyarith.types import Head
 Array = NDArray[Any]
 
 CONTROLS = ("random", "same_layer", "bottom")
+_OF_AN_ARM = ("accuracy", "logit", "correct")
 _KS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 50)
 
 
@@ -100,12 +101,37 @@ class KnockoutCurve:
             for i, k in enumerate(self.ks)
         ]
 
+    def packed(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Arrays, and the rest in JSON's types, for ``unpacked``."""
+        record = {name: value for name, value in vars(self).items() if name not in ("ks", "arms")}
+        record["arms"] = {name: arm.heads for name, arm in self.arms.items()}
+        arrays = {f"{name} {what}": getattr(arm, what) for name, arm in self.arms.items() for what in _OF_AN_ARM}
+        return {"ks": self.ks, **arrays}, record
+
+    @classmethod
+    def unpacked(cls, arrays: Mapping[str, Array], record: Mapping[str, Any]) -> KnockoutCurve:
+        """The curve that was packed; lists in ``record`` may have been tuples."""
+        arms = {
+            name: Arm(
+                name,
+                tuple(tuple(Ablation(_heads(heads), tuple(mlps)) for heads, mlps in draw) for draw in sets),
+                **{what: arrays[f"{name} {what}"] for what in _OF_AN_ARM},
+            )
+            for name, sets in record["arms"].items()
+        }
+        changed = {"ks": arrays["ks"], "arms": arms, "ranking": _heads(record["ranking"])}
+        return cls(**{**record, **changed, "all_ablated": tuple(record["all_ablated"])})
+
     def __repr__(self) -> str:
         left = f", {self.n_wrong} answered wrongly left out" if self.n_wrong else ""
         lines = [f"KnockoutCurve: {self.n_prompts} prompts{left}; {self.semantics}", f"  {'k':>10} " + _cells(self.ks)]
         for name, arm in self.arms.items():
             lines.append(f"  {name:>10} " + "".join(f"{value:8.1%}" for value in arm.accuracy.mean(0)))
         return "\n".join(lines)
+
+
+def _heads(pairs: Sequence[Sequence[int]]) -> tuple[Head, ...]:
+    return tuple(Head(*pair) for pair in pairs)
 
 
 def _cells(values: Array) -> str:
@@ -144,7 +170,7 @@ def knockout_curve(
         draws: per control and k.
         keep: also the curve of what is kept.
         seed: of the draws.
-        options: for ``ablation_sweep`` (``memory_budget``, ``backend``, ``verify``, ``progress``).
+        options: for ``ablation_sweep`` (``memory_budget``, ``backend``, ``verify``, ``progress``, ``resume``).
     Returns:
         A ``KnockoutCurve``.
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy as np
 from pyarith import stats
 from pyarith.discovery.knockout import Arm, KnockoutCurve, knockout_curve
 from pyarith.engine.baselines import MeanAblation, ResampleAblation, ZeroAblation
+from pyarith.engine.store import Store, circumstances
 from pyarith.engine.sweep import ablation_sweep
 from pyarith.errors import AlignmentError, InputError, check
+from pyarith.models.sites import resolve
 from pyarith.prompts import PromptPairs
 from pyarith.reporting.saved import SavedRun
 from pyarith.types import Head
@@ -105,12 +108,36 @@ def _report(run: SavedRun, tokenizer: Any, sign: str, n: int | None, seed: int) 
     return Chosen(pairs.subset(report), ranking, counts, words + "pair is in both")
 
 
-def curve(model: Any, chosen: Chosen, baseline: str, **options: Any) -> tuple[KnockoutCurve, int]:
+def curve(
+    model: Any, chosen: Chosen, baseline: str, *, resume: Path | None = None, **options: Any
+) -> tuple[KnockoutCurve, int]:
     """The curve under a named baseline, and how many prompts had no other of their length (0 where none needs one).
 
     ``mean`` is over all positions of the prompts answered rightly; ``mean-per-position`` one mean per position among
     prompts of equal length; ``resample`` takes z of another prompt of equal length.
+
+    Args:
+        resume: a folder in which the curve is kept, and its parts while it is made; see ``ablation_sweep``.
+        options: for ``knockout_curve``.
     """
+    parts = Store(resume).under(
+        lambda: {
+            "what": ["knockout", baseline, {name: value for name, value in options.items() if name != "progress"}],
+            "prompts": [chosen.pairs.clean, chosen.pairs.attention_mask, chosen.pairs.answers],
+            "ranking": chosen.ranking,
+            "circumstances": circumstances(resolve(model)),
+        }
+    )
+    kept = parts.get("curve")
+    if kept is not None:
+        return KnockoutCurve.unpacked(kept.arrays, kept.record["curve"]), int(kept.record["alone"])
+    found, alone = _curve(model, chosen, baseline, {"resume": resume, **options})
+    arrays, record = found.packed()
+    parts.put(("curve",), arrays, {"curve": record, "alone": alone})
+    return found, alone
+
+
+def _curve(model: Any, chosen: Chosen, baseline: str, options: dict[str, Any]) -> tuple[KnockoutCurve, int]:
     check(baseline in BASELINES, f"baseline: expected one of {', '.join(BASELINES)}, got {baseline!r}")
     pairs, ranking = chosen.pairs, chosen.ranking
     if baseline in ("mean", "zero"):
