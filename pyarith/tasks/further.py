@@ -13,9 +13,9 @@ import numpy as np
 from pyarith.errors import InputError, check
 from pyarith.prompts import MISALIGNED, Aligner, PromptPairs
 from pyarith.tasks.arithmetic import shuffled
-from pyarith.tasks.problems import CONTROL, FURTHER, Drawn
+from pyarith.tasks.problems import CONTROL, FURTHER, Drawn, operator_problem
 from pyarith.tasks.sampling import Candidate, collect
-from pyarith.tasks.tables import LEXICON, arithmetic_templates, operand_pairs, solve
+from pyarith.tasks.tables import LEXICON, arithmetic_templates, operand_pairs
 
 ARITHMETIC_TASKS = tuple(FURTHER)
 CONTROL_TASKS = tuple(CONTROL)
@@ -37,7 +37,7 @@ def draw_problems(task: str, n: int = 200, seed: int = 0, *, fewer: bool = False
         seed: of the draw; the first of more problems are the fewer problems of the same seed.
         fewer: where there are no ``n`` different problems, take all there are.
     Returns:
-        ``n`` problems ``(prompt, answer, form, item)``; no prompt comes twice.
+        ``n`` problems ``(prompt, answer, form, item, roles)``; no prompt comes twice.
     Raises:
         InputError: an unknown task, a bad ``n``, or a task with fewer than ``n`` different prompts without ``fewer``.
     """
@@ -62,8 +62,9 @@ def problem_pairs(
         on_misaligned: ``"drop"`` leaves out what breaks an alignment rule and counts it, ``"raise"`` stops there.
         fewer: where there are no ``n`` pairs (there are 40 prompts about capitals), take all there are.
     Returns:
-        ``PromptPairs`` with strata template (the form), item (what the problem is about) and, where there are at least
-        5 forms, pair (the same as item), so that statistics resample forms and items.
+        ``PromptPairs`` with roles operand_a, operand_b and operator, as far as the task has them (years and stories
+        have no operator, controls none of these). Strata: template (the form), item (what the problem is about) and,
+        where there are at least 5 forms, pair (the same as item), so that statistics resample forms and items.
     Raises:
         InputError: as ``draw_problems``; an unknown ``on_misaligned``.
         AlignmentError: fewer than ``n`` pairs remain, such as where answers are several tokens.
@@ -90,10 +91,7 @@ def _of_operator(sign: str, n: int, seed: int) -> tuple[Drawn, ...]:
     """Up to ``n`` problems of an operator over all of its templates and operand pairs."""
     check(_whole(n), f"n: expected a positive whole number, got {n!r}")
     drawn = islice(shuffled(sign, arithmetic_templates(sign), operand_pairs(sign), seed), n)
-    return tuple(
-        Drawn(template.render({"A": a, "B": b}).text, str(solve(sign, a, b)), template.name, f"{a},{b}")
-        for template, (a, b) in drawn
-    )
+    return tuple(operator_problem(template, sign, a, b) for template, (a, b) in drawn)
 
 
 def _different(task: str, n: int, seed: int) -> tuple[Drawn, ...]:
@@ -130,6 +128,7 @@ def _candidates(task: str, pool: tuple[Drawn, ...], seed: int, aligner: Aligner)
             answer=one.answer,
             corrupted_answer=other.answer if others else None,
             replaced=((0, len(one.prompt)),),
+            roles=dict(one.roles),
             strata={
                 **{"template": f"{task}/{one.form}", "item": one.item, "task": task},
                 **({"pair": one.item} if crossed else {}),

@@ -11,15 +11,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyarith.tasks.tables import arithmetic_templates, operand_pairs, solve
+from pyarith.tasks.templates import Rendered, Span, Template
 
 
 class Drawn(NamedTuple):
-    """A problem with the number of its form and what it is about, apart from the form (`3,5`, `France`)."""
+    """A problem with the number of its form and what it is about, apart from the form (`3,5`, `France`).
+
+    `roles` says at which characters its operands and its operator stand, where it has some.
+    """
 
     prompt: str
     answer: str
     form: str
     item: str
+    roles: tuple[tuple[str, Span], ...] = ()
 
 
 Maker = Callable[[random.Random], Drawn]
@@ -56,27 +61,28 @@ ORDERS = {
 }
 NAMES = ("Tom", "Anna", "Ben", "Lucy", "Max", "Sara", "Paul", "Emma")
 THINGS = ("apples", "books", "coins", "stamps", "cards", "pens", "eggs", "shells")
+# Forms are templates (see `tasks.templates`): {A} and {B} are the operands, the operator stands in square brackets.
 GAINS = (
-    "{name} has {a} {things} and gets {b} more. How many {things} does {name} have?",
-    "{name} has {a} {things}. {other} gives {name} {b} {things}. How many {things} does {name} have now?",
-    "There are {a} {things} in a box. {name} puts in {b} more. How many {things} are in the box?",
+    "{name} has {A} {things} and gets {B} more. How many {things} does {name} have?",
+    "{name} has {A} {things}. {other} gives {name} {B} {things}. How many {things} does {name} have now?",
+    "There are {A} {things} in a box. {name} puts in {B} more. How many {things} are in the box?",
 )
 LOSSES = (
-    "{name} has {a} {things} and loses {b}. How many {things} does {name} have?",
-    "{name} has {a} {things}. {name} gives {other} {b} {things}. How many {things} does {name} have now?",
-    "There are {a} {things} in a box. {name} takes {b} away. How many {things} are in the box?",
+    "{name} has {A} {things} and loses {B}. How many {things} does {name} have?",
+    "{name} has {A} {things}. {name} gives {other} {B} {things}. How many {things} does {name} have now?",
+    "There are {A} {things} in a box. {name} takes {B} away. How many {things} are in the box?",
 )
 POWER_FORMS = (
-    "{a} ^ {b} =",
-    "Compute: {a} ^ {b} =",
-    "{a} to the power of {b} is",
-    "The value of {a} ^ {b} is",
-    "Q: What is {a} ^ {b}? A:",
-    "Q: What is {a} to the power of {b}? A:",
+    "{A} [^] {B} =",
+    "Compute: {A} [^] {B} =",
+    "{A} to the [power] of {B} is",
+    "The value of {A} [^] {B} is",
+    "Q: What is {A} [^] {B}? A:",
+    "Q: What is {A} to the [power] of {B}? A:",
 )
 POWER_PAIRS = [(a, b) for a in range(1, 10) for b in range(1, 6) if a**b < 100]
-WIDE_FORMS = ("{a} + {b} =", "{a} plus {b} is", "The sum of {a} and {b} is", "Q: What is {a} + {b}? A:")
-YEAR_FORMS = ("The war lasted from {0} to {1}. Years:", "Q: How many years is it from {0} to {1}? A:")
+WIDE_FORMS = ("{A} [+] {B} =", "{A} [plus] {B} is", "The [sum] of {A} and {B} is", "Q: What is {A} [+] {B}? A:")
+YEAR_FORMS = ("The war lasted from {A} to {B}. Years:", "Q: How many years is it from {A} to {B}? A:")
 SUCCESSOR_FORMS = ("The {0} after {1} is", "Q: Which {0} comes after {1}? A:")
 
 
@@ -85,11 +91,21 @@ def arithmetic_problem(sign: str) -> Maker:
 
     def draw(rng: random.Random) -> Drawn:
         a, b = rng.choice(operand_pairs(sign))
-        template = rng.choice(arithmetic_templates(sign))
-        text = template.render({"A": a, "B": b}).text
-        return Drawn(text, str(solve(sign, a, b)), template.name, f"{a},{b}")
+        return operator_problem(rng.choice(arithmetic_templates(sign)), sign, a, b)
 
     return draw
+
+
+def operator_problem(template: Template, sign: str, a: int, b: int) -> Drawn:
+    """One problem of an operator."""
+    return _drawn(template.render({"A": a, "B": b}), solve(sign, a, b), template.name, f"{a},{b}")
+
+
+def _drawn(rendered: Rendered, answer: object, form: str, item: str) -> Drawn:
+    """A problem with the places of operands and operator."""
+    names = {"A": "operand_a", "B": "operand_b", "operator": "operator"}
+    roles = tuple((names[slot], span) for slot, span in rendered.spans.items() if slot in names)
+    return Drawn(rendered.text, str(answer), form, item, roles)
 
 
 def _form(rng: random.Random, forms: tuple[str, ...]) -> tuple[str, str]:
@@ -98,18 +114,22 @@ def _form(rng: random.Random, forms: tuple[str, ...]) -> tuple[str, str]:
     return form, str(forms.index(form))
 
 
+def _filled(form: str, **values: object) -> Rendered:
+    return Template(form, form, "").render(values)
+
+
 def power(rng: random.Random) -> Drawn:
     """Exponentiation below 100: the fifth operator."""
     a, b = rng.choice(POWER_PAIRS)
     form, number = _form(rng, POWER_FORMS)
-    return Drawn(form.format(a=a, b=b), str(a**b), number, f"{a},{b}")
+    return _drawn(_filled(form, A=a, B=b), a**b, number, f"{a},{b}")
 
 
 def two_digit_sum(rng: random.Random) -> Drawn:
     """Sums of two numbers from 10 to 29."""
     a, b = rng.randint(10, 29), rng.randint(10, 29)
     form, number = _form(rng, WIDE_FORMS)
-    return Drawn(form.format(a=a, b=b), str(a + b), number, f"{a},{b}")
+    return _drawn(_filled(form, A=a, B=b), a + b, number, f"{a},{b}")
 
 
 def decimal_sum(rng: random.Random) -> Drawn:
@@ -117,7 +137,7 @@ def decimal_sum(rng: random.Random) -> Drawn:
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     total = a + b
     form, number = _form(rng, WIDE_FORMS)
-    return Drawn(form.format(a=f"0.{a}", b=f"0.{b}"), f"{total // 10}.{total % 10}", number, f"{a},{b}")
+    return _drawn(_filled(form, A=f"0.{a}", B=f"0.{b}"), f"{total // 10}.{total % 10}", number, f"{a},{b}")
 
 
 def year_span(rng: random.Random) -> Drawn:
@@ -125,7 +145,7 @@ def year_span(rng: random.Random) -> Drawn:
     century, start, years = rng.randint(17, 19), rng.randint(10, 39), rng.randint(1, 9)
     begin, end = f"{century}{start}", f"{century}{start + years}"
     form, number = _form(rng, YEAR_FORMS)
-    return Drawn(form.format(begin, end), str(years), number, f"{begin},{end}")
+    return _drawn(_filled(form, A=begin, B=end), years, number, f"{begin},{end}")
 
 
 def word_problem(rng: random.Random) -> Drawn:
@@ -134,8 +154,8 @@ def word_problem(rng: random.Random) -> Drawn:
     a, b = rng.choice(operand_pairs(sign))
     name, other = rng.sample(NAMES, 2)
     form, number = _form(rng, GAINS if sign == "+" else LOSSES)
-    text = form.format(name=name, other=other, things=rng.choice(THINGS), a=a, b=b)
-    return Drawn(f"Q: {text} A:", str(solve(sign, a, b)), f"{sign}{number}", f"{a}{sign}{b}")
+    story = _filled(f"Q: {form} A:", name=name, other=other, things=rng.choice(THINGS), A=a, B=b)
+    return _drawn(story, solve(sign, a, b), f"{sign}{number}", f"{a}{sign}{b}")
 
 
 def copy(rng: random.Random) -> Drawn:
