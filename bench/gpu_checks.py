@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from gpu_adamw import masked_adamw
 from gpu_problems import (
     Draw,
     Problem,
@@ -78,6 +79,13 @@ def problems(op: str, tiny: bool) -> Iterator[Build]:
         yield partial(slice_grad, tokens=70, m=33, n=20, rows=((3, 30),), columns=ragged, accumulate=True)
         yield partial(slice_grad, tokens=wide, m=wide, n=wide, columns=heads, accumulate=True)
         yield partial(slice_grad, tokens=wide, m=wide, n=wide, rows=heads)
+    elif op == "masked_adamw":
+        ragged, heads = ((0, 1), (3, 5), (5, 12), (16, 17)), ((0, 64), (wide - 128, wide))
+        yield partial(masked_adamw, d_model=17, ranges=ragged)
+        yield partial(masked_adamw, d_model=40, ranges=((8, 24), (32, 40)), layers=5, seed=7)
+        yield partial(masked_adamw, d_model=300, ranges=tuple((2 * i, 2 * i + 1) for i in range(150)), seed=7)
+        yield partial(masked_adamw, d_model=wide, ranges=heads, seed=7)
+        yield partial(masked_adamw, d_model=wide, ranges=heads)
     else:
         raise NotImplementedError(f"{op}: an op without problems in bench/gpu_checks.py would go unchecked")
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from gpu_adamw import masked_adamw
 from gpu_checks import backends, name_of
 from gpu_problems import (
     EPS,
@@ -135,6 +136,9 @@ def large(bench: Bench) -> Iterator[tuple[str, str, Callable[[Draw], Problem]]]:
     for side in ("rows", "columns"):
         build = partial(slice_grad, dtype=BF16, tokens=size(bench, D_MODEL, 64), m=d, n=d, **{side: tuned})
         yield "slice_grad", f"slice_grad {side}", build
+    step = partial(masked_adamw, dtype=BF16, d_model=d, ranges=tuned, layers=size(bench, 7, 2))
+    yield "masked_adamw", "masked_adamw", step
+    yield "masked_adamw", "masked_adamw stochastic", partial(step, seed=7)
     yield (
         "shared_prefix_attention",
         "shared_prefix_attention",
@@ -250,6 +254,8 @@ def _figures(
     if backend == ops.backend_of(op, bench.device, BF16):
         if problem.flop is None:
             target, reached = f">= {COPY_SHARE:.0%} of copy", None if share is None else share >= COPY_SHARE
+            if "torch fused, slices only" in timings:
+                text += f", {timings['torch fused, slices only'].median / timing:.2f}x torch's fused on the slices"
         elif "sdpa" in timings:
             ratio = timings["sdpa"].median / timing
             text, target, reached = f"{text}, {ratio:.2f}x sdpa", ">= 3x sdpa", ratio >= 3

@@ -39,8 +39,8 @@ class Draw:
 class Problem:
     """`run(arguments, backend)` and `eager(arguments)` leave their results in the arguments named `results`.
 
-    `outs` are arguments that are only written; `rivals` are other ways to compute the same, with the error they may
-    have (None: the rule of the kernels).
+    `outs` are arguments that are only written; `moved` are the bytes of a problem that touches only parts of some;
+    `rivals` are other ways to compute the same, with the error they may have (None: the rule of the kernels).
     """
 
     shape: Mapping[str, object]
@@ -51,11 +51,14 @@ class Problem:
     results: tuple[str, ...] = ("out",)
     outs: tuple[str, ...] = ("out",)
     flop: float | None = None
+    moved: int | None = None
     rivals: Mapping[str, tuple[Callable[[Arguments], object], float | None]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Each input read once, each result written once."""
+        if self.moved is not None:
+            return self.moved
         read = [t.nbytes for name, t in self.arguments.items() if t is not None and name not in self.outs]
         return sum(read) + sum(self.arguments[name].nbytes for name in self.results)  # type: ignore[union-attr]
 

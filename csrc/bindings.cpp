@@ -1,13 +1,16 @@
 // The only file that knows Python: turns tensors into views, repeats the checks that memory safety needs, calls.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
-#include "pyarith/dlpack.h"
 #include "pyarith/ops.h"
+#include "pyarith/views.h"
 
 // kDLCUDA. The test build that runs the CUDA kernels' sources on the CPU sets kDLCPU.
 #ifndef PYARITH_CUDA_DEVICE_TYPE
@@ -19,68 +22,10 @@ using namespace pyarith;
 
 namespace {
 
-constexpr int cpu_device = 1;  // kDLCPU
 constexpr std::initializer_list<DType> cpu_reads = {DType::f32, DType::bf16};
 
 PyTypeObject* tensor_type = nullptr;
 int (*view_of)(void*, DLTensor*) = nullptr;
-
-// A tensor argument; undefined for None. Sizes and strides are borrowed from the tensor.
-struct Tensor {
-    DLTensor view{};
-    bool defined = false;
-
-    void* data() const { return defined ? static_cast<char*>(view.data) + view.byte_offset : nullptr; }
-    int64_t size(int axis) const { return view.shape[axis]; }
-
-    DType dtype() const {
-        const auto [code, bits, lanes] = view.dtype;
-        if (lanes == 1 && code == 2 && bits == 32) return DType::f32;
-        if (lanes == 1 && code == 2 && bits == 16) return DType::f16;
-        if (lanes == 1 && code == 2 && bits == 64) return DType::f64;
-        if (lanes == 1 && code == 4 && bits == 16) return DType::bf16;
-        if (lanes == 1 && code == 6 && bits == 8) return DType::boolean;
-        throw std::invalid_argument("a dtype that no kernel knows");
-    }
-    DType dtype_or(DType other) const { return defined ? dtype() : other; }
-};
-
-bool contiguous(const DLTensor& view, int from = 0) {
-    int64_t expected = 1;
-    for (int axis = view.ndim - 1; axis >= from; --axis) {
-        if (view.shape[axis] != 1 && view.strides[axis] != expected) return false;
-        expected *= view.shape[axis];
-    }
-    return true;
-}
-
-bool empty(const DLTensor& view) {
-    for (int axis = 0; axis < view.ndim; ++axis)
-        if (view.shape[axis] == 0) return true;
-    return false;
-}
-
-[[noreturn]] void refuse(const char* name, const std::string& expected) {
-    throw std::invalid_argument(std::string(name) + ": expected " + expected);
-}
-
-// How many leading dimensions may have any stride.
-enum class Layout { contiguous, strided_rows, contiguous_heads };
-
-void expect(const char* name, const Tensor& tensor, int device, std::initializer_list<int64_t> shape,
-            std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
-    if (!tensor.defined) return;
-    const DLTensor& view = tensor.view;
-    if (view.device.device_type != device) refuse(name, device == cpu_device ? "a CPU tensor" : "a CUDA tensor");
-    bool fits = view.ndim == static_cast<int>(shape.size());
-    for (int axis = 0; fits && axis < view.ndim; ++axis) fits = view.shape[axis] == shape.begin()[axis];
-    if (!fits) refuse(name, "another shape");
-    bool known = false;
-    for (DType dtype : dtypes) known = known || tensor.dtype() == dtype;
-    if (!known) refuse(name, "a dtype that this kernel reads");
-    const int from = layout == Layout::contiguous ? 0 : layout == Layout::strided_rows ? 1 : view.ndim - 2;
-    if (!empty(view) && !contiguous(view, from)) refuse(name, "a contiguous tensor");
-}
 
 Norm norm_of(const std::string& kind) {
     if (kind == "rms") return Norm::rms;
@@ -149,6 +94,77 @@ AnswerLogits answer_logits_of(const Tensor& row, const Tensor& write, const Tens
             weight.dtype(), bias.dtype_or(DType::f32), target_rows.dtype()};
 }
 
+// The slices of one step with the memory that their descriptions lie in. `bounds`: start and stop of each range, one
+// slice's after the other's, `counts` of them each.
+class AdamwSlices {
+public:
+    AdamwSlices(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                const std::vector<Tensor>& weights, const std::vector<int64_t>& bounds,
+                const std::vector<int64_t>& counts, const std::vector<int64_t>& dims, int device) {
+        const size_t count = params.size();
+        for (size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(), counts.size(), dims.size()})
+            if (size != count) refuse("params", "one of everything for each slice");
+        runs_.reserve(bounds.size() / 2);  // slices point into it
+        slices_.reserve(count);
+        size_t next = 0;
+        for (size_t i = 0; i < count; ++i) {
+            const Tensor &param = params[i], &weight = weights[i];
+            if (!param.defined || param.view.ndim < 1 || param.view.ndim > 2) refuse("params", "one or two dimensions");
+            const int axes = param.view.ndim, dim = static_cast<int>(dims[i]);
+            if (dim < 0 || dim >= axes) refuse("dims", "a dimension of the slice");
+            if (!weight.defined || weight.view.ndim != axes) refuse("weights", "as many dimensions as the slice");
+            for (const Tensor* tensor : {&param, &grads[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
+                if (!tensor->defined) refuse("slices", "tensors, not None");
+                if (axes == 1)
+                    expect("slices", *tensor, device, {param.size(0)}, {DType::f32});
+                else
+                    expect("slices", *tensor, device, {param.size(0), param.size(1)}, {DType::f32});
+            }
+            const int64_t limit = weight.size(dim), other = axes == 2 ? param.size(1 - dim) : 1;
+            if (axes == 1)
+                expect("weights", weight, device, {limit}, {DType::f32, DType::bf16, DType::f16});
+            else
+                expect("weights", weight, device, {dim ? other : limit, dim ? limit : other},
+                       {DType::f32, DType::bf16, DType::f16});
+            // Whole rows follow each other without a gap: all of them are one.
+            const bool whole_rows = dim == 0;
+            const int64_t unit = whole_rows ? other : 1, first = static_cast<int64_t>(runs_.size());
+            int64_t taken = 0, before = 0;
+            for (int64_t r = 0; r < counts[i]; ++r, next += 2) {
+                if (next + 2 > bounds.size()) refuse("bounds", "two numbers for each range");
+                const int64_t start = bounds[next], stop = bounds[next + 1];
+                if (start < before || stop <= start || stop > limit) refuse("bounds", "sorted ranges inside the weight");
+                runs_.push_back({taken * unit, start * unit});
+                taken += stop - start;
+                before = stop;
+            }
+            if (taken != param.size(dim)) refuse("bounds", "ranges that make up the slice");
+            slices_.push_back({static_cast<float*>(param.data()), static_cast<const float*>(grads[i].data()),
+                               static_cast<float*>(exp_avgs[i].data()), static_cast<float*>(exp_avg_sqs[i].data()),
+                               weight.data(), whole_rows ? 1 : other, taken * unit, limit * unit,
+                               runs_.data() + first, static_cast<int64_t>(runs_.size()) - first, weight.dtype()});
+        }
+        if (next != bounds.size()) refuse("bounds", "two numbers for each range");
+    }
+
+    MaskedAdamw step(const Tensor& grad_scale, AdamwFactors factors, std::optional<uint64_t> seed, uint32_t step,
+                     int device) const {
+        if (grad_scale.defined && grad_scale.view.ndim == 0)
+            expect("grad_scale", grad_scale, device, {}, {DType::f32});
+        else
+            expect("grad_scale", grad_scale, device, {1}, {DType::f32});
+        for (const AdamwSlice& slice : slices_)
+            if (seed && slice.weight_dtype != DType::bf16) refuse("weights", "bfloat16 where a seed is given");
+        return {slices_.data(), static_cast<int64_t>(slices_.size()), static_cast<const float*>(grad_scale.data()),
+                factors, seed.has_value(), seed.value_or(0), step};
+    }
+
+private:
+    std::vector<AdamwRun> runs_;
+    std::vector<AdamwSlice> slices_;
+};
+
 void add_norm_cpu(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
                   const std::string& kind, int threads) {
     const AddNorm op = add_norm_of(row, delta, write, weight, bias, out, eps, kind, cpu_device, cpu_reads);
@@ -168,6 +184,21 @@ void answer_logits_cpu(Tensor row, Tensor write, Tensor weight, Tensor bias, Ten
                                              softcap, cpu_device, cpu_reads);
     py::gil_scoped_release unlocked;
     cpu::answer_logits(op, threads);
+}
+
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+
+void masked_adamw_cpu(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                      const Tensors& exp_avg_sqs, const Tensors& weights, const Integers& bounds,
+                      const Integers& counts, const Integers& dims, Tensor grad_scale, float shrink, float blend,
+                      bool from_grad, float keep, float second, float unbias, float rate, float eps, std::optional<uint64_t> seed,
+                      uint32_t step, int threads) {
+    const AdamwSlices slices(params, grads, exp_avgs, exp_avg_sqs, weights, bounds, counts, dims, cpu_device);
+    const MaskedAdamw op =
+        slices.step(grad_scale, {shrink, blend, from_grad, keep, second, unbias, rate, eps}, seed, step, cpu_device);
+    py::gil_scoped_release unlocked;
+    cpu::masked_adamw(op, threads);
 }
 
 #ifdef PYARITH_WITH_CUDA
@@ -223,6 +254,16 @@ void answer_logits_cuda(Tensor row, Tensor write, Tensor weight, Tensor bias, Te
 
 void ablate_heads_cuda(Tensor z, Tensor ablate, Tensor baseline, Tensor out, uintptr_t stream) {
     raise(cuda::ablate_heads(ablate_heads_of(z, ablate, baseline, out), stream));
+}
+
+void masked_adamw_cuda(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                       const Tensors& exp_avg_sqs, const Tensors& weights, const Integers& bounds,
+                       const Integers& counts, const Integers& dims, Tensor grad_scale, float shrink, float blend,
+                       bool from_grad, float keep, float second, float unbias, float rate, float eps, std::optional<uint64_t> seed,
+                       uint32_t step, uintptr_t stream) {
+    const AdamwSlices slices(params, grads, exp_avgs, exp_avg_sqs, weights, bounds, counts, dims, cuda_device);
+    const AdamwFactors factors{shrink, blend, from_grad, keep, second, unbias, rate, eps};
+    raise(cuda::masked_adamw(slices.step(grad_scale, factors, seed, step, cuda_device), stream));
 }
 
 #if PYARITH_CUDA_DEVICE_TYPE == 2  // the test build has no CUDA runtime to ask
@@ -296,6 +337,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("answer_logits_cpu", &answer_logits_cpu, py::arg("row"), py::arg("write"), py::arg("weight"),
           py::arg("bias"), py::arg("target_rows"), py::arg("target_bias"), py::arg("out"), py::kw_only(),
           py::arg("eps"), py::arg("kind"), py::arg("scale"), py::arg("softcap"), py::arg("threads"));
+    m.def("masked_adamw_cpu", &masked_adamw_cpu, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
+          py::arg("exp_avg_sqs"), py::arg("weights"), py::arg("bounds"), py::arg("counts"), py::arg("dims"),
+          py::arg("grad_scale"), py::kw_only(), py::arg("shrink"), py::arg("blend"), py::arg("from_grad"), py::arg("keep"),
+          py::arg("second"), py::arg("unbias"), py::arg("rate"), py::arg("eps"), py::arg("seed"), py::arg("step"),
+          py::arg("threads"));
 #ifdef PYARITH_WITH_CUDA
     m.def("add_norm_cuda", &add_norm_cuda, py::arg("row"), py::arg("delta"), py::arg("write"), py::arg("weight"),
           py::arg("bias"), py::arg("out"), py::kw_only(), py::arg("eps"), py::arg("kind"), py::arg("stream"));
@@ -306,6 +352,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("eps"), py::arg("kind"), py::arg("scale"), py::arg("softcap"), py::arg("stream"));
     m.def("ablate_heads_cuda", &ablate_heads_cuda, py::arg("z"), py::arg("ablate"), py::arg("baseline"),
           py::arg("out"), py::kw_only(), py::arg("stream"));
+    m.def("masked_adamw_cuda", &masked_adamw_cuda, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
+          py::arg("exp_avg_sqs"), py::arg("weights"), py::arg("bounds"), py::arg("counts"), py::arg("dims"),
+          py::arg("grad_scale"), py::kw_only(), py::arg("shrink"), py::arg("blend"), py::arg("from_grad"), py::arg("keep"),
+          py::arg("second"), py::arg("unbias"), py::arg("rate"), py::arg("eps"), py::arg("seed"), py::arg("step"),
+          py::arg("stream"));
 #if PYARITH_CUDA_DEVICE_TYPE == 2
     m.def("cuda_versions", &cuda_versions, "What CUDA the driver supports, and what this build has: 13000 is 13.0.");
 #endif

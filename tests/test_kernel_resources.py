@@ -65,8 +65,8 @@ def short_names(mangled: list[str], stem: str) -> list[str]:
     done = subprocess.run([tool], input="\n".join(mangled), capture_output=True, text=True, check=True)
     names = []
     for name in done.stdout.splitlines():
-        name = re.sub(r"\([^()]*\)$", "", name).removeprefix("void ")
-        names.append(f"{stem} " + re.sub(r"(?:\w+|\(anonymous namespace\))::", "", name))
+        name = re.sub(r"(?:\w+|\(anonymous namespace\))::", "", name)
+        names.append(f"{stem} " + re.sub(r"\([^()]*\)$", "", name).removeprefix("void "))
     return names
 
 

@@ -17,6 +17,7 @@ struct NormWeights {
     void gated_act(const GatedAct& op, int threads);                                              \
     /* scratch: [threads, d_model] */                                                             \
     void answer_logits(const AnswerLogits& op, NormWeights norm, float* scratch, int threads);    \
+    void masked_adamw(const MaskedAdamw& op, int threads);                                        \
     }
 
 PYARITH_DECLARE_KERNELS(base)

@@ -107,4 +107,11 @@ void answer_logits(const AnswerLogits& op, int threads) {
     PYARITH_CALL(answer_logits, op, norm.weights, scratch.data(), threads)
 }
 
+void masked_adamw(const MaskedAdamw& op, int threads) {
+    int64_t elements = 0;
+    for (int64_t i = 0; i < op.slice_count; ++i) elements += op.slices[i].rows * op.slices[i].width;
+    threads = useful_threads(threads, elements, elements);
+    PYARITH_CALL(masked_adamw, op, threads)
+}
+
 }  // namespace pyarith::cpu

@@ -38,6 +38,9 @@ typedef uint16_t H __attribute__((vector_size(W * 2)));
 struct bf16 {
     uint16_t bits;
 };
+struct f16 {
+    uint16_t bits;
+};
 
 // How many lanes a load or store touches: all, or the n < W left at the end of a row.
 struct Full {};
@@ -109,15 +112,38 @@ PYARITH_INLINE U rounded(F x) {
     U bits = (U)x;
     return x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
 }
-PYARITH_INLINE H narrow(F x) {
-    U high = rounded(x) >> 16;
+// The lower 16 bits of each lane, of which the upper ones are 0.
+PYARITH_INLINE H lower_halves(U x) {
 #if defined(__AVX512F__)
-    return (H)_mm512_cvtepi32_epi16((__m512i)high);
+    return (H)_mm512_cvtepi32_epi16((__m512i)x);
 #elif defined(__AVX2__)
-    __m256i pairs = _mm256_packus_epi32((__m256i)high, (__m256i)high);
+    __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);
     return (H)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0xd8));
 #else
-    return __builtin_convertvector(high, H);
+    return __builtin_convertvector(x, H);
+#endif
+}
+PYARITH_INLINE H narrow(F x) { return lower_halves(rounded(x) >> 16); }
+
+// The fp16 nearest to x (ties to even); infinite from 65520 on, a NaN stays a NaN.
+PYARITH_INLINE H half(F x) {
+    U sign = ((U)x >> 16) & 0x8000u, size = (U)x & 0x7fffffffu;
+    U normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    // below the smallest normal number: adding 1/2 rounds to a multiple of 2^-24, which is what a denormal counts
+    U denormal = (U)((F)size + 0.5f) - 0x3f000000u;
+    U bits = size < 0x38800000u ? denormal : size >= 0x47800000u ? U{} + 0x7c00u : normal;
+    return lower_halves((size > 0x7f800000u ? U{} + 0x7e00u : bits) | sign);
+}
+
+PYARITH_INLINE F square_root(F x) {
+#if defined(__AVX512F__)
+    return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+    return _mm256_sqrt_ps(x);
+#else
+    F root;
+    for (int i = 0; i < W; ++i) root[i] = __builtin_sqrtf(x[i]);
+    return root;
 #endif
 }
 
@@ -132,10 +158,9 @@ PYARITH_INLINE F load(const bf16* p, Full) {
     return widen(x);
 }
 PYARITH_INLINE void store(float* p, F x, Full) { memcpy(p, &x, sizeof x); }
-PYARITH_INLINE void store(bf16* p, F x, Full) {
-    H narrowed = narrow(x);
-    memcpy(p, &narrowed, sizeof narrowed);
-}
+PYARITH_INLINE void store_halves(uint16_t* p, H x, Full) { memcpy(p, &x, sizeof x); }
+PYARITH_INLINE void store(bf16* p, F x, Full) { store_halves(&p->bits, narrow(x), Full{}); }
+PYARITH_INLINE void store(f16* p, F x, Full) { store_halves(&p->bits, half(x), Full{}); }
 
 // Lanes past the end read as 0 and are not written. Memory past the end is not touched.
 PYARITH_INLINE F load(const float* p, Tail tail) {
@@ -163,12 +188,31 @@ PYARITH_INLINE void store(float* p, F x, Tail tail) {
     for (int i = 0; i < tail.n; ++i) p[i] = x[i];
 #endif
 }
-PYARITH_INLINE void store(bf16* p, F x, Tail tail) {
-    H narrowed = narrow(x);
+PYARITH_INLINE void store_halves(uint16_t* p, H x, Tail tail) {
 #if defined(__AVX512F__)
-    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << tail.n) - 1), (__m256i)narrowed);
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << tail.n) - 1), (__m256i)x);
 #else
-    for (int i = 0; i < tail.n; ++i) p[i].bits = narrowed[i];
+    for (int i = 0; i < tail.n; ++i) p[i] = x[i];
+#endif
+}
+PYARITH_INLINE void store(bf16* p, F x, Tail tail) { store_halves(&p->bits, narrow(x), tail); }
+PYARITH_INLINE void store(f16* p, F x, Tail tail) { store_halves(&p->bits, half(x), tail); }
+
+// 64 bytes to an address that is a multiple of 64, past the caches where the instruction set can: memory that is only
+// written need not be read first. Other threads may see it after `streamed()`.
+PYARITH_INLINE void stream(void* to, const void* from) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
+    _mm256_stream_si256((__m256i*)to + 1, _mm256_loadu_si256((const __m256i*)from + 1));
+#else
+    memcpy(to, from, 64);
+#endif
+}
+PYARITH_INLINE void streamed() {
+#if defined(__AVX2__)
+    _mm_sfence();
 #endif
 }
 

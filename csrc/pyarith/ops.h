@@ -60,6 +60,44 @@ struct AblateHeads {
     int element_bytes;                                                // 2 or 4
 };
 
+// Elements `begin` up to the next run's begin of a row of a slice lie at `weight_begin` of the weight's row.
+struct AdamwRun {
+    int64_t begin, weight_begin;
+};
+
+// One compact slice [rows, width] and the weight [rows, weight_width] that holds its rows in runs. Rows of the weight
+// that are whole need no rows here: the slice is then one row, and its runs are longer.
+struct AdamwSlice {
+    float* param;
+    const float* grad;
+    float* exp_avg;
+    float* exp_avg_sq;
+    void* weight;  // in weight_dtype
+    int64_t rows, width, weight_width;
+    const AdamwRun* runs;  // sorted by begin, the first one's is 0
+    int64_t run_count;
+    DType weight_dtype;
+};
+
+// g = grad * grad_scale;  m += blend * (g - m), or m = g + blend * (m - g) from_grad;  v = keep * v + second * (g * g);
+// p -= rate * (m / (sqrt(v) * unbias + eps)) + shrink * p;  weight = p in its dtype.
+// Each operation rounds by itself, so that every backend gives the same bits. The decay is no factor 1 - lr * weight_decay
+// on its own: in fp32 that rounds to steps of 6e-8, which is what the decay of one step may amount to.
+struct AdamwFactors {
+    float shrink, blend;
+    bool from_grad;  // blend is beta1, below 1/2, in place of 1 - beta1: what is small is multiplied
+    float keep, second, unbias, rate, eps;
+};
+struct MaskedAdamw {
+    const AdamwSlice* slices;
+    int64_t slice_count;
+    const float* grad_scale;  // one number; null = 1
+    AdamwFactors factors;
+    bool stochastic;  // round into bf16 by the generator with this seed, at this step
+    uint64_t seed;
+    uint32_t step;
+};
+
 namespace cpu {
 
 enum class Level : int { base, avx2, avx512 };
@@ -72,6 +110,7 @@ void limit(Level most);
 void add_norm(const AddNorm& op, int threads);
 void gated_act(const GatedAct& op, int threads);
 void answer_logits(const AnswerLogits& op, int threads);
+void masked_adamw(const MaskedAdamw& op, int threads);
 
 }  // namespace cpu
 
@@ -82,6 +121,7 @@ const char* add_norm(const AddNorm& op, uintptr_t stream);
 const char* gated_act(const GatedAct& op, uintptr_t stream);
 const char* answer_logits(const AnswerLogits& op, uintptr_t stream);
 const char* ablate_heads(const AblateHeads& op, uintptr_t stream);
+const char* masked_adamw(const MaskedAdamw& op, uintptr_t stream);
 
 // As CUDA numbers them: 13000 is 13.0. The driver is 0 where there is none.
 struct Versions {

@@ -11,6 +11,7 @@ from pyarith.ops.add_norm import add_norm
 from pyarith.ops.answer_logits import answer_logits
 from pyarith.ops.gated_act import gated_act
 from pyarith.ops.head_write_rows import head_write_rows
+from pyarith.ops.masked_adamw import masked_adamw
 from pyarith.ops.shared_prefix_attention import shared_prefix_attention
 from pyarith.ops.slice_grad import slice_grad
 from pyarith.ops.vocab_logsumexp import scratch_bytes as vocab_scratch_bytes
@@ -26,6 +27,7 @@ __all__ = [
     "backend_of",
     "gated_act",
     "head_write_rows",
+    "masked_adamw",
     "native_info",
     "report",
     "shared_prefix_attention",

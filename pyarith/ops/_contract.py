@@ -5,11 +5,13 @@ They run in the fake function and in the real one, on every call, so messages ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from pyarith.errors import InputError, InputTypeError
+
+Pair = tuple[int, int]
 
 KINDS = ("rms", "rms1p", "layer")
 ACTS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -53,3 +55,36 @@ def expect_no_grad(op: str, *tensors: torch.Tensor | None) -> None:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 raise InputError(f"{op} has no gradient, but an argument requires one: call it under torch.no_grad()")
+
+
+def flat_bounds(name: str, ranges: Sequence[Pair]) -> list[int]:
+    """Starts and stops of ``ranges`` in one list, as a schema takes them."""
+    bounds: list[int] = []
+    for pair in ranges:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(bound, int) for bound in pair)):
+            raise InputTypeError(f"{name}: expected (start, stop) pairs of integers, got {pair!r}")
+        bounds.extend(pair)
+    return bounds
+
+
+def expect_ranges(name: str, bounds: Sequence[int], size: int) -> int:
+    """Raise unless ``bounds`` are sorted ranges within ``size`` that do not overlap; returns how much they take."""
+    if len(bounds) % 2:
+        raise InputError(f"{name}: expected a start and a stop of each range, got {len(bounds)} numbers")
+    taken = before = 0
+    for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
+        if not before <= start < stop <= size:
+            raise InputError(
+                f"{name}: expected sorted (start, stop) pairs with start < stop that do not overlap and lie within "
+                f"0 ... {size}; got ({start}, {stop})" + (f" after one that ends at {before}" if before else "")
+            )
+        taken, before = taken + stop - start, stop
+    return taken
+
+
+def split_bounds(bounds: Sequence[int], counts: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The bounds of each of several tensors, which have ``counts`` ranges, from one list of all."""
+    at = 0
+    for count in counts:
+        yield bounds[at : at + 2 * count]
+        at += 2 * count

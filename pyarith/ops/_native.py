@@ -58,18 +58,20 @@ def why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def launch(kernel: str, *tensors: torch.Tensor | None, **scalars: object) -> None:
+def launch(kernel: str, *operands: Any, **scalars: object) -> None:
     """Start a CUDA kernel of the extension on the device of the first tensor, on torch's current stream there.
 
+    Args:
+        operands: its positional arguments, the first a tensor or a list of tensors.
+        scalars: its other arguments by name.
     Raises:
         BackendError: CUDA refused the launch.
     """
-    first = tensors[0]
-    assert first is not None
+    first = operands[0][0] if isinstance(operands[0], list) else operands[0]
     with torch.cuda.device(first.device):
         stream = torch.cuda.current_stream(first.device).cuda_stream
         try:
-            getattr(C, kernel)(*tensors, **scalars, stream=stream)
+            getattr(C, kernel)(*operands, **scalars, stream=stream)
         except RuntimeError as error:
             raise BackendError(
                 f"{kernel}: CUDA refused the launch on {first.device}: {error}. An earlier kernel may be the cause: "

@@ -77,11 +77,13 @@ def define(op: str, schema: str, check: Callable[..., torch.dtype], backends: di
 
     def real(*args: Any, backend: str = "auto") -> None:
         dtype = check(*args)
-        key = (op, backend, args[0].device, dtype)
+        first = args[0]
+        key = (op, backend, (first[0] if isinstance(first, list) else first).device, dtype)
         found = _chosen.get(key) or _choose(*key)
         found[1](*args)
         # Kernels write through raw pointers: say so, or autograd would use what it saved of these tensors before.
-        increment_version([args[i] for i in mutated])
+        for i in mutated:
+            increment_version(args[i])
 
     LIBRARY.define(op + schema, tags=(torch.Tag.needs_exact_strides,))
     entry = getattr(torch.ops.pyarith, op).default

@@ -6,13 +6,22 @@ from collections.abc import Sequence
 
 import torch
 
-from pyarith.errors import InputError, InputTypeError
-from pyarith.ops._contract import FLOATS, expect_dims, expect_like, expect_no_grad, expect_shape, expect_tensor
+from pyarith.errors import InputError
+from pyarith.ops._contract import (
+    FLOATS,
+    Pair,
+    expect_dims,
+    expect_like,
+    expect_no_grad,
+    expect_ranges,
+    expect_shape,
+    expect_tensor,
+    flat_bounds,
+)
 from pyarith.ops._registry import Backend, define
 from pyarith.ops._triton import why_not as why_not_triton
 
 Tensor = torch.Tensor
-Pair = tuple[int, int]
 
 _ELEMENTS = 2**24  # features of tokens that are copied, side by side or widened, at a time
 _LEAST_TOKENS = 1024
@@ -30,20 +39,7 @@ def joined(bounds: Sequence[int]) -> list[Pair]:
 
 
 def _taken(name: str, bounds: Sequence[int] | None, features: int) -> int:
-    """How many features ``bounds`` takes, which are checked first."""
-    if bounds is None:
-        return features
-    if len(bounds) % 2:
-        raise InputError(f"{name}: expected a start and a stop of each range, got {len(bounds)} numbers")
-    taken = before = 0
-    for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
-        if not before <= start < stop <= features:
-            raise InputError(
-                f"{name}: expected sorted (start, stop) pairs with start < stop that do not overlap and lie within "
-                f"0 ... {features}; got ({start}, {stop})" + (f" after one that ends at {before}" if before else "")
-            )
-        taken, before = taken + stop - start, stop
-    return taken
+    return features if bounds is None else expect_ranges(name, bounds, features)
 
 
 def _check(
@@ -126,14 +122,7 @@ _op = define(
 
 
 def _flat(name: str, ranges: Sequence[Pair] | None) -> list[int] | None:
-    if ranges is None:
-        return None
-    bounds: list[int] = []
-    for pair in ranges:
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(bound, int) for bound in pair)):
-            raise InputTypeError(f"{name}: expected (start, stop) pairs of integers, or None for all; got {pair!r}")
-        bounds.extend(pair)
-    return bounds
+    return None if ranges is None else flat_bounds(name, ranges)
 
 
 def slice_grad(

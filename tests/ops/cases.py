@@ -82,6 +82,27 @@ def plain_answer_logits(dtype, row, write, weight, bias, eps, kind, targets, tar
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
+def adamw_sample(dtype, grad_scale, seed):
+    """Rows, columns and a part of a bias of weights of ``dtype``, at step 2."""
+    params, grads, exp_avgs, roots = ([make(*s, seed=i) for s in ((3, 4), (4, 3), (3,))] for i in range(4))
+    weights = [make(*s, dtype=dtype) for s in ((6, 4), (4, 6), (6,))]
+    places = ([0, 1, 4, 6] * 3, [2, 2, 2], [0, 1, 0])
+    numbers = (1e-3, 0.9, 0.999, 1e-8, 0.1, 2, seed)
+    return (params, grads, exp_avgs, [root.square() for root in roots], weights, *places, grad_scale, *numbers)
+
+
+def mapped(arguments, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
+    """The arguments of a torch entry with ``change`` made to every tensor, those in lists too."""
+    return [
+        mapped(a, change) if isinstance(a, list) else change(a) if isinstance(a, torch.Tensor) else a for a in arguments
+    ]
+
+
+def tensors_in(arguments) -> list[torch.Tensor]:
+    found = [tensors_in(a) if isinstance(a, list) else [a] for a in arguments]
+    return [tensor for some in found for tensor in some if isinstance(tensor, torch.Tensor)]
+
+
 def samples() -> dict[str, list[tuple]]:
     """Positional arguments of the torch entries, for opcheck and compilation: each op with and without its options."""
     row, write, weight, bias = make(3, 2, 17), make(2, 17), make(17), make(17, seed=1)
@@ -114,6 +135,10 @@ def samples() -> dict[str, list[tuple]]:
         "shared_prefix_attention": [
             (q, cache, make(2, 7, 2, 5), own, make(3, 2, 2, 5, seed=1), lengths, torch.empty(3, 2, 4, 5), 0.5, 20.0, 3),
             (q, cache, make(2, 7, 2, 5), own, make(3, 2, 2, 5, seed=1), lengths, torch.empty(3, 2, 4, 5), 0.5, 0.0, 0),
+        ],
+        "masked_adamw": [
+            adamw_sample(torch.float32, None, None),
+            adamw_sample(torch.bfloat16, torch.tensor([0.5]), 7),
         ],
         "slice_grad": [
             (make(9, 17), make(9, 12), torch.empty(7, 12), [0, 3, 5, 9], None, False),

@@ -11,6 +11,7 @@ import mmap
 from itertools import product
 
 import torch
+from adamw_cases import problem
 from cases import (
     NATIVE,
     eager_add_norm,
@@ -20,7 +21,7 @@ from cases import (
     oracle_gated_act,
     plain_answer_logits,
 )
-from tolerances import assert_within_rule
+from tolerances import assert_within_rule, error
 
 from pyarith import ops
 
@@ -84,8 +85,28 @@ def check_answer_logits(d, dtype, kind, place):
     )
 
 
+def check_masked_adamw(d, dtype, word, place):
+    """The bits of the reference, which are those of every instruction set."""
+    shape, dim = dict(rows=((d + 2, 3), 0), columns=((3, d + 2), 1), bias=((d + 2,), 0))[word]
+    cases = [(shape, dim, ((0, 1), (2, d + 2)))]
+    if word == "columns" and d == SIZES[-1]:  # written past the caches
+        cases = [((900, 301), 1, ((0, 150), (151, 301)))]
+    for seed in (None, 3) if dtype is torch.bfloat16 else (None,):
+        given = problem(dtype, cases, seed=seed, grad_scale=torch.tensor([0.3]))
+        placed = given.copy(place)
+        given.step(2, "reference")
+        placed.step(2, "cpu")
+        for got, expected in zip(placed.changed(), given.changed(), strict=True):
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), (seed, error(got, expected))
+
+
 def main() -> None:
-    checks = ((check_add_norm, ops.KINDS), (check_gated_act, ops.ACTS), (check_answer_logits, ops.KINDS))
+    checks = (
+        (check_add_norm, ops.KINDS),
+        (check_gated_act, ops.ACTS),
+        (check_answer_logits, ops.KINDS),
+        (check_masked_adamw, ("rows", "columns", "bias")),
+    )
     for check, words in checks:
         for d, dtype, word, side in product(SIZES, NATIVE, words, ("start", "end")):
             print(check.__name__, d, dtype, word, side, flush=True)

@@ -12,15 +12,19 @@ import re
 
 import pytest
 import torch
+from adamw_cases import SMALL, problem
 from cases import (
+    adamw_sample,
     eager_add_norm,
     eager_gated_act,
     make,
+    mapped,
     name_of,
     oracle_add_norm,
     oracle_gated_act,
     plain_answer_logits,
     samples,
+    tensors_in,
 )
 from cuda_on_cpu.build import HERE, ORDERS, build_kernels, build_module
 from cuda_on_cpu.guarded import Buffer, run
@@ -182,6 +186,34 @@ def test_ablate_heads(built, dtype, heads, d_head, baseline, shift):
         assert torch.equal(got, expected(z))
 
 
+ADAMW = ("params", "grads", "exp_avgs", "exp_avg_sqs", "weights", "bounds", "counts", "dims", "grad_scale")
+# more ranges than one launch takes, of more slices than one launch takes; and more than one block, rows that are a part
+MANY = [((2, 480), 1, tuple((i, i + 1) for i in range(0, 230, 2))), *SMALL, *SMALL]
+MANY += [((20, 1200), 1, ((0, 512), (560, 1160))), ((30, 200), 0, ((1, 30),))]
+ADAMW_SHIFTS = (0, 1, *({name: 1} for name in (*ADAMW[:5], "grad_scale")))
+
+
+@pytest.mark.parametrize("shift", ADAMW_SHIFTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("seed", (None, 2**33 + 7), ids=("nearest", "stochastic"))
+def test_masked_adamw(built, dtype, seed, shift):
+    if seed is not None and dtype is not BF16:
+        pytest.skip("only bf16 is rounded stochastically")
+    scale = {} if dtype is F16 else {"grad_scale": torch.tensor([0.3])}
+    beta1 = 0.3 if dtype is F32 else 0.9  # below 1/2 the first moment is computed from its other end
+    given = problem(dtype, MANY if shift in (0, 1) else SMALL, seed=seed, beta1=beta1, **scale)
+    listed, named = importlib.import_module("pyarith.ops.masked_adamw")._prepared(*given.entry_arguments(3))
+    # the weights are never read; what is not written in them stays NaN
+    written = dict(params="rw", exp_avgs="rw", exp_avg_sqs="rw", weights="w")
+    arguments = dict(zip(ADAMW, listed, strict=True))
+    got = run(built, "masked_adamw_cuda", arguments, written, shift=shift, **named)
+    for weight in given.weights:
+        weight.fill_(torch.nan)
+    given.step(3, "reference")
+    for (name, tensor), expected in zip(got.items(), given.changed(), strict=True):
+        assert torch.equal(tensor.contiguous().view(torch.uint8), expected.view(torch.uint8)), name
+
+
 def calls():
     """Arguments of the ops' `_cuda`: the samples, and dtypes and strides that the kernels do not read."""
     fused, turned = make(2, 3, 5, 4 * 8 + 16), make(3, 5, 8, 4).transpose(-1, -2)
@@ -195,6 +227,7 @@ def calls():
             *(write, weight, make(24, dtype=f64), targets, target_bias, torch.empty(3, 2, 5), EPS, "layer", 0.5, 9.0),
         ),
         "gated_act": (make(3, 2, 24).transpose(0, 1), make(2, 24, 3).transpose(1, 2), torch.empty(2, 3, 24), "silu"),
+        "masked_adamw": adamw_sample(F16, torch.tensor(0.5), None),
         "ablate_heads": (
             fused[..., :32].unflatten(-1, (4, 8)),
             *(make(4, 2).T > 0, turned, torch.empty(2, 3, 5, 4, 8)),
@@ -208,13 +241,13 @@ def calls():
 @pytest.mark.parametrize("op, i", [(op, i) for op, given in calls().items() for i in range(len(given))])
 def test_wrapper_hands_its_arguments_over(wrapped, op, i):
     def copied(args):  # copies of what is written; contiguous ones only, so that strides stay
-        return [a.clone() if isinstance(a, torch.Tensor) and a.is_contiguous() else a for a in args]
+        return mapped(args, lambda a: a.clone() if a.is_contiguous() else a)
 
     native, plain = copied(calls()[op][i]), copied(calls()[op][i])
     wrapped(op)(*native)
     importlib.import_module(f"pyarith.ops.{op}").reference(*plain)
-    for got, expected in zip(native, plain, strict=True):
-        if isinstance(got, torch.Tensor) and got.is_floating_point():
+    for got, expected in zip(tensors_in(native), tensors_in(plain), strict=True):
+        if got.is_floating_point():
             assert_within_rule(got, expected, expected.double())
 
 

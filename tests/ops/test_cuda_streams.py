@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import entry, needs_cuda, samples
+from cases import entry, mapped, needs_cuda, samples, tensors_in
 
 CASES = [
     (op, i)
     for op, calls in samples().items()
-    if op in ("ablate_heads", "add_norm", "answer_logits", "gated_act")
+    if op in ("ablate_heads", "add_norm", "answer_logits", "gated_act", "masked_adamw")
     for i in range(len(calls))
 ]
 pytestmark = [needs_cuda, pytest.mark.parametrize("op, i", CASES)]
@@ -17,9 +17,9 @@ pytestmark = [needs_cuda, pytest.mark.parametrize("op, i", CASES)]
 
 def call(op, i, device="cuda"):
     """Run the sample on ``device``; returns its tensors afterwards, results among them."""
-    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in samples()[op][i]]
+    args = mapped(samples()[op][i], lambda a: a.to(device))
     entry(op)(*args, backend="cuda")
-    return [a for a in args if isinstance(a, torch.Tensor)]
+    return tensors_in(args)
 
 
 def assert_same(got, expected):
@@ -31,26 +31,25 @@ def test_another_stream(op, i):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)  # the copies of the inputs wait behind this: a kernel on another stream reads garbage
-        given = [a.pin_memory() if isinstance(a, torch.Tensor) else a for a in samples()[op][i]]
-        args = [a.to("cuda", non_blocking=True) if isinstance(a, torch.Tensor) else a for a in given]
+        given = mapped(samples()[op][i], torch.Tensor.pin_memory)
+        args = mapped(given, lambda a: a.to("cuda", non_blocking=True))
         entry(op)(*args, backend="cuda")
     stream.synchronize()
-    assert_same([a for a in args if isinstance(a, torch.Tensor)], expected)
+    assert_same(tensors_in(args), expected)
 
 
 def test_graph(op, i):
     expected = call(op, i)
-    given = [a.cuda() if isinstance(a, torch.Tensor) else a for a in samples()[op][i]]
-    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in given]
+    given = mapped(samples()[op][i], torch.Tensor.cuda)
+    args = mapped(given, torch.Tensor.clone)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         entry(op)(*args, backend="cuda")
     for _ in range(2):
-        for arg, start in zip(args, given, strict=True):
-            if isinstance(arg, torch.Tensor):
-                arg.copy_(start)
+        for arg, start in zip(tensors_in(args), tensors_in(given), strict=True):
+            arg.copy_(start)
         graph.replay()
-        assert_same([a for a in args if isinstance(a, torch.Tensor)], expected)
+        assert_same(tensors_in(args), expected)
 
 
 def test_every_device(op, i):

@@ -14,6 +14,7 @@ from cases import oracle_gated_act
 from toolchain import CSRC, CXX, compiled, missing
 
 from pyarith import ops
+from pyarith.ops.masked_adamw import factors_of
 
 SOURCE = """
 #include "cuda/math.h"
@@ -36,6 +37,15 @@ ELEMENTWISE(softcap_none, softcapped(x, 0.0f))
 ELEMENTWISE(normed_rms, normed(x, {0.0f, 0.5f}, 3.0f, 0.0f, Norm::rms))
 ELEMENTWISE(normed_rms1p, normed(x, {0.0f, 0.5f}, 3.0f, 0.0f, Norm::rms1p))
 ELEMENTWISE(normed_layer, normed(x, {2.0f, 0.5f}, 3.0f, 7.0f, Norm::layer))
+EXPORT void adamw_(const float* by, int from_grad, const float* g, float* p, float* m, float* v, long n) {
+    const AdamwFactors factors{by[0], by[1], from_grad != 0, by[2], by[3], by[4], by[5], by[6]};
+    for (long i = 0; i < n; ++i) adamw(factors, g[i], p[i], m[i], v[i]);
+}
+EXPORT void philox_(unsigned long seed, unsigned* counter) {
+    const Words words = philox(seed, {{counter[0], counter[1], counter[2], counter[3]}});
+    for (int i = 0; i < 4; ++i) counter[i] = words.at[i];
+}
+EXPORT unsigned rounded(float x, unsigned noise) { return rounded_by(x, noise); }
 EXPORT float from_bits(unsigned bits) { return float_of_bits(bits); }
 EXPORT long quotient_of(long a, long b) { return quotient(a, b); }
 """
@@ -115,3 +125,50 @@ def test_quotient_in_32_and_64_bits(library):
     for a in (0, *sizes, 2**62):
         for b in sizes:
             assert library.quotient_of(ctypes.c_long(a), ctypes.c_long(b)) == a // b, (a, b)
+
+
+def test_philox_gives_the_known_answers_of_random123(library):
+    for counter, seed, words in (
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ):
+        block = (ctypes.c_uint32 * 4)(*counter)
+        library.philox_(ctypes.c_uint64(seed), block)
+        assert tuple(block) == words
+
+
+def test_rounding_with_given_noise(library):
+    library.rounded.restype = ctypes.c_uint32
+    library.rounded.argtypes = (ctypes.c_float, ctypes.c_uint32)
+    one = 0x3F80
+    for low, noise, up in ((0, 0xFFFF, 0), (1, 0xFFFF, 1), (1, 0xFFFE, 0), (0x8000, 0x8000, 1), (0xFFFF, 0, 0)):
+        x = torch.tensor((one << 16) + low, dtype=torch.int32).view(torch.float32).item()
+        assert library.rounded(x, noise) == one + up, (low, noise)
+        assert library.rounded(-x, noise) == one + up + 0x8000
+    assert library.rounded(math.inf, 0xFFFF) == 0x7F80
+    nan = library.rounded(math.nan, 0xFFFF)
+    assert nan & 0x7F80 == 0x7F80 and nan & 0x7F
+
+
+@pytest.mark.parametrize("beta1", (0.9, 0.3, 0.0))
+def test_adamw_element(library, beta1):
+    factors = factors_of(1e-3, beta1, 0.999, 1e-8, 0.1, 7)
+    g, p, m = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    v = m.square() * 1e-3
+    wide = [t.double() for t in (g, p, m, v)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (g, p, m, v)]
+    by = [value for name, value in factors._asdict().items() if name != "from_grad"]
+    library.adamw_((ctypes.c_float * 7)(*by), factors.from_grad, *pointers, ctypes.c_long(1000))
+    g, p_wide, m_wide, v_wide = wide
+    m_wide = beta1 * m_wide + (1 - beta1) * g
+    v_wide = 0.999 * v_wide + 0.001 * g * g
+    rate = 1e-3 / (1 - beta1**7)
+    p_wide = p_wide * (1 - 1e-4) - rate * m_wide / ((v_wide / (1 - 0.999**7)).sqrt() + 1e-8)
+    assert_close(m, m_wide, (wide[2].abs() + g.abs()) * 2.0**-23)
+    assert_close(v, v_wide, v_wide * 2.0**-22)
+    assert_close(p, p_wide, (wide[1].abs() + 1e-2) * 2.0**-23)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LEVELS, entry, make, samples
+from cases import LEVELS, entry, make, mapped, samples, tensors_in
 from torch.library import opcheck
 
 from pyarith import ops
@@ -20,14 +20,14 @@ CASES = [(op, i) for op, calls in samples().items() for i in range(len(calls))]
 
 
 def clones(args):
-    return tuple(a.clone() if isinstance(a, torch.Tensor) and a.is_contiguous() else a for a in args)
+    return tuple(mapped(args, lambda a: a.clone() if a.is_contiguous() else a))
 
 
 def run(op, args, backend="auto"):
     """The op's torch entry on copies of ``args``; returns the copies."""
     copies = clones(args)
     entry(op)(*copies, backend=backend)
-    return [a for a in copies if isinstance(a, torch.Tensor)]
+    return tensors_in(copies)
 
 
 @pytest.mark.parametrize("op, i", CASES)
@@ -42,9 +42,9 @@ def test_compiles_without_a_graph_break(op, i):
     args = samples()[op][i]
     torch._dynamo.reset()
 
-    def function(*tensors):
-        entry(op)(*tensors)
-        return [t for t in tensors if isinstance(t, torch.Tensor)]
+    def function(*args):
+        entry(op)(*args)
+        return tensors_in(args)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(*clones(args)), run(op, args), strict=True):

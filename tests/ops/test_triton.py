@@ -28,7 +28,14 @@ ARCHS = ("80", "90", "100")
 # opt-in shared memory of a block: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; all variants keep to what sm_86, sm_89
 # and sm_120 have, whose code is compiled from the same launchers
 SHARED = 99 * 1024
-KERNELS = ("head_write_rows", "vocab_logsumexp", "shared_prefix_attention", "slice_grad", "gate_up_candidate")
+KERNELS = (
+    "head_write_rows",
+    "vocab_logsumexp",
+    "shared_prefix_attention",
+    "slice_grad",
+    "masked_adamw",
+    "gate_up_candidate",
+)
 VERSIONS = ("installed", "other")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

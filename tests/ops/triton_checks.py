@@ -15,11 +15,14 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from adamw_cases import SMALL
+from adamw_cases import problem as adamw_problem
 from cases import eager_gated_act, entry, make, oracle_gated_act
 from tolerances import assert_within_rule
 
 from pyarith import ops
-from pyarith.ops._triton import head_write_rows, shared_prefix_attention, slice_grad, vocab_logsumexp
+from pyarith.ops._triton import head_write_rows, masked_adamw, shared_prefix_attention, slice_grad, vocab_logsumexp
+from pyarith.ops.masked_adamw import _prepared
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import gate_up_candidate
@@ -272,12 +275,46 @@ def check_gate_up_candidate(device: str) -> Iterator[str]:
         assert_within_rule(out.cpu(), eager_gated_act(*plain, act).to(dtype), oracle_gated_act(*wide, act))
 
 
+def check_masked_adamw(device: str) -> Iterator[str]:
+    """The bits of the reference; weights are NaN before, and what is not written stays so."""
+    nine = tuple((4 * i, 4 * i + 1) for i in range(9))
+    cases = [*SMALL, ((10, 48), 1, (*nine, (37, 40))), ((80, 40), 0, tuple((8 * i, 8 * i + 4) for i in range(10)))]
+    cases += [((4096, 4096), 1, ((128, 384), (1024, 1152)))] if device != "cpu" else []
+    for dtype, seed, scale, beta1 in (
+        (torch.float32, None, None, 0.9),
+        (torch.bfloat16, None, torch.tensor([0.3]), 0.9),
+        (torch.bfloat16, 2**40 + 3, None, 0.3),
+        (torch.float16, None, torch.tensor([0.3]), 0.0),
+    ):
+        yield f"{dtype} seed {seed} beta1 {beta1}"
+        given = adamw_problem(dtype, cases, seed=seed, beta1=beta1, grad_scale=scale)
+        for weight in given.weights:
+            weight.fill_(torch.nan)
+        for stream in (None,) if device == "cpu" else (None, torch.cuda.Stream()):
+            ours = given.copy(lambda tensor: placed(tensor, device))
+            if device == "cpu":
+                listed, named = _prepared(*ours.entry_arguments(3))
+                masked_adamw.launch(*listed, **named)
+            else:
+                torch.cuda.synchronize()
+                with torch.cuda.stream(stream):
+                    ours.step(3, "triton")
+                torch.cuda.synchronize()
+            expected = given.copy()
+            expected.step(3, "reference")
+            for got, exact in zip(ours.changed(), expected.changed(), strict=True):
+                assert torch.equal(got.cpu().view(torch.uint8), exact.view(torch.uint8)), tuple(got.shape)
+                buffer = got.as_strided((got.numel() + 2 * EDGE,), (1,), 0)
+                assert buffer[:EDGE].isnan().all() and buffer[-EDGE:].isnan().all(), "wrote outside its tensors"
+
+
 CHECKS: dict[str, Callable[[str], Iterator[str]]] = {
     "head_write_rows": check_head_write_rows,
     "vocab_logsumexp": check_vocab_logsumexp,
     "shared_prefix_attention": check_shared_prefix_attention,
     "slice_grad": check_slice_grad,
     "gate_up_candidate": check_gate_up_candidate,
+    "masked_adamw": check_masked_adamw,
 }
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyarith.ops._triton import head_write_rows, shared_prefix_attention, slice_grad, vocab_logsumexp
+from pyarith.ops._triton import head_write_rows, masked_adamw, shared_prefix_attention, slice_grad, vocab_logsumexp
 from pyarith.ops._triton._launch import Launch
+from pyarith.ops.masked_adamw import factors_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import gate_up_candidate
@@ -86,6 +87,19 @@ def _slices(tokens, m, n, dtype, rows=None, columns=None, accumulate=False) -> t
     return slice_grad.plan(left, right, empty(*taken), rows, columns, accumulate)
 
 
+def _adamw(size, dim, ranges, dtype, seed=None, scaled=False) -> Launch:
+    taken = sum(stop - start for start, stop in ranges)
+    slices = [[empty(*((taken, size) if dim == 0 else (size, taken)))] for _ in range(4)]
+    bounds = [bound for pair in ranges for bound in pair]
+    factors = factors_of(1e-4, 0.9, 0.999, 1e-8, 0.1, 7)._asdict()
+    return next(
+        masked_adamw.plan(
+            *slices, [empty(size, size, dtype=dtype)], bounds, [len(ranges)], [dim],
+            empty(1) if scaled else None, step=7, seed=seed, **factors,
+        )
+    )  # fmt: skip
+
+
 def variants() -> Iterator[tuple[str, Launch, bool]]:
     """(name, launch, does its work in tensor cores) at the sizes of real models."""
     yield "head_write_rows bf16 7B batch 8", _writes(8, 32, 128, BF16), True
@@ -116,6 +130,11 @@ def variants() -> Iterator[tuple[str, Launch, bool]]:
     yield "slice_grad combine", combine, False
     yield "slice_grad fp16 odd ranges", _slices(4096, 4096, 4096, FP16, [1, 130, 200, 333], [5, 90])[0], True
     yield "slice_grad fp32 3 heads", _slices(1024, 768, 768, FP32, [0, 64, 192, 256, 320, 384])[0], False
+    heads = [(0, 128), (512, 768), (3968, 4096)]
+    yield "masked_adamw bf16 7B rows of 4 heads", _adamw(4096, 0, heads, BF16, scaled=True), False
+    yield "masked_adamw bf16 7B columns stochastic", _adamw(4096, 1, heads, BF16, seed=2**40, scaled=True), False
+    yield "masked_adamw fp32 columns", _adamw(768, 1, [(64, 128)], FP32), False
+    yield "masked_adamw fp16 odd columns", _adamw(769, 1, [(3, 68)], FP16, scaled=True), False
     x, weight = empty(1024, 4096, dtype=BF16), empty(11008, 4096, dtype=BF16)
     out = empty(1024, 11008, dtype=BF16)
     yield "gate_up_candidate bf16 7B", gate_up_candidate.plan(x, weight, weight, None, None, out, "silu"), True

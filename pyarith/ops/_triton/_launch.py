@@ -20,10 +20,6 @@ MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # what the tensor cores multipl
 # 10.0, whatever `input_precision` says (seen in the machine code; the tests look for it).
 IEEE_ROWS = 32
 
-# The default differs between versions of Triton. Contraction is what the fp32 products need (a multiply and an add each
-# would halve their rate), and no kernel here relies on a product being rounded before it is added.
-COMPILER = {"enable_fp_fusion": True}
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,6 +29,8 @@ class Launch:
         kernel: the ``triton.jit`` function.
         programs: length of its one-dimensional grid.
         arguments: every parameter of the kernel by name, constants included.
+        contracted: may a product and the sum it goes into become one operation? The fp32 products of matrices need it,
+            a multiply and an add each would halve their rate. Said in any case: Triton's default differs by version.
     """
 
     kernel: Any
@@ -40,10 +38,11 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    contracted: bool = True
 
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside the arguments."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILER}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.contracted}
 
     def start(self, out: torch.Tensor) -> None:
         """Run on the device of ``out``, on torch's current stream there.

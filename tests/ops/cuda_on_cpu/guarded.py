@@ -29,10 +29,19 @@ class Buffer:
         assert (self.bytes[self._outside] == 0xFF).all(), f"{name}: written outside of the tensor"
 
 
+def tensors_of(arguments: Mapping[str, object]) -> dict[str, tuple[str, torch.Tensor]]:
+    """Every tensor by a name of its own, ``name[i]`` for one in a list, with the name of its argument."""
+    found: dict[str, tuple[str, torch.Tensor]] = {}
+    for name, value in arguments.items():
+        listed = {f"{name}[{i}]": one for i, one in enumerate(value)} if isinstance(value, list) else {name: value}
+        found |= {own: (name, one) for own, one in listed.items() if isinstance(one, torch.Tensor)}
+    return found
+
+
 def run(
     built: tuple[ModuleType, Emulator],
     kernel: str,
-    arguments: Mapping[str, torch.Tensor | str | None],
+    arguments: Mapping[str, object],
     written: Mapping[str, str],
     *,
     shift: int | Mapping[str, int] = 0,
@@ -43,32 +52,39 @@ def run(
     """What ``kernel`` writes, shown to be the same for every order of threads and blocks.
 
     Args:
-        arguments: tensors by name, in the kernel's order; the name of another argument stands for the same memory.
+        arguments: tensors, lists of tensors or of numbers, and None by name, in the kernel's order; the name of another
+            argument stands for the same memory.
         written: name -> "w" (starts as NaN) or "rw"; all others may only be read.
         shift: elements by which every buffer, or each named one, is off its alignment.
         gaps: name -> distance between rows beyond their length.
         views: name -> how the kernel sees the tensor.
+    Returns:
+        The tensors of the arguments that are written, by their names in `tensors_of`.
     """
     module, emulator = built
     results = []
     for order in ORDERS:
         buffers: dict[str, Buffer] = {}
-        for name, tensor in arguments.items():
-            if isinstance(tensor, torch.Tensor):
-                start = torch.full_like(tensor, torch.nan) if written.get(name) == "w" else tensor
-                off = shift if isinstance(shift, int) else shift.get(name, 0)
-                buffers[name] = Buffer(start, off, (gaps or {}).get(name, 0))
-        tensors = {name: buffer.tensor for name, buffer in buffers.items()}
-        allowed = [(tensor, written.get(name, "r")) for name, tensor in tensors.items()]
+        for own, (name, tensor) in tensors_of(arguments).items():
+            start = torch.full_like(tensor, torch.nan) if written.get(name) == "w" else tensor
+            off = shift if isinstance(shift, int) else shift.get(name, 0)
+            buffers[own] = Buffer(start, off, (gaps or {}).get(name, 0))
+        tensors = {own: buffer.tensor for own, buffer in buffers.items()}
+        modes = {own: written.get(name, "r") for own, (name, _) in tensors_of(arguments).items()}
         seen = tensors | {name: view(tensors[name]) for name, view in (views or {}).items()}
-        passed = [seen.get(other if isinstance(other, str) else name) for name, other in arguments.items()]
-        with emulator.order(*order), emulator.only(*allowed):
+        passed = []
+        for name, value in arguments.items():
+            if isinstance(value, list):
+                passed.append([seen.get(f"{name}[{i}]", one) for i, one in enumerate(value)])
+            else:
+                passed.append(seen.get(value if isinstance(value, str) else name))
+        with emulator.order(*order), emulator.only(*((tensors[own], modes[own]) for own in tensors)):
             getattr(module, kernel)(*passed, **scalars, stream=0)
-        for name, buffer in buffers.items():
-            buffer.assert_surroundings(name)
-        results.append({name: tensors[name] for name in written})
+        for own, buffer in buffers.items():
+            buffer.assert_surroundings(own)
+        results.append({own: tensor for own, tensor in tensors.items() if modes[own] != "r"})
     for result in results[1:]:
-        for name, first in results[0].items():
-            same = torch.equal(result[name].contiguous().view(torch.uint8), first.contiguous().view(torch.uint8))
-            assert same, f"{name} depends on the order of threads or blocks"
+        for own, first in results[0].items():
+            same = torch.equal(result[own].contiguous().view(torch.uint8), first.contiguous().view(torch.uint8))
+            assert same, f"{own} depends on the order of threads or blocks"
     return results[0]

@@ -15,6 +15,8 @@
 #undef __shared__
 #define __shared__ static
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 
 namespace pyarith::emulator {
 
