@@ -82,9 +82,9 @@ def test_changes_below_are_seen_at_once(name: str) -> None:
 
 @pytest.mark.parametrize("which", ["rows of a head", "columns of a head", "all"])
 def test_writes_that_torch_does_not_count_are_seen_in_time(which: str) -> None:
-    model = tiny(hidden_size=64, num_attention_heads=4)
+    model = tiny(hidden_size=256)
     weight = lower(model).self_attn.q_proj.weight
-    part = {"rows of a head": (slice(16, 32),), "columns of a head": (slice(None), slice(48, 64)), "all": ()}[which]
+    part = {"rows of a head": (slice(64, 128),), "columns of a head": (slice(None), slice(64, 128)), "all": ()}[which]
     with tuner(model) as trained, torch.no_grad():
         cache = PrefixCache(trained)
         cache(**fixed()[0])
@@ -309,10 +309,11 @@ def test_single_blocks_run_as_they_are() -> None:
     x = F.one_hot(torch.arange(6), 32)[None].float()
     with tuner(model) as trained:
         expected = model.transformer.h[0](x)
-        with PrefixCache(trained):
+        with PrefixCache(trained) as cache:
             assert torch.equal(model.transformer.h[0](x), expected)
             for _ in range(2):
                 model(**fixed()[0])
                 with pytest.raises(RuntimeError):
                     model(**fixed()[0], attention_mask=torch.ones(3, 5))
                 assert torch.equal(model.transformer.h[0](x), expected)
+            assert cache.stats()["computed"] == 1

@@ -139,9 +139,7 @@ class PrefixStore:
             size = 1 << (size - 1).bit_length()  # torch takes pinned memory in powers of two
         if self.memory_bytes + size > self.budget:
             return
-        with torch.inference_mode(False), torch.no_grad():  # usable in training wherever it was computed
-            memory = self._empty(states)
-            memory.copy_(states, non_blocking=True)
+        memory = self._empty(states).copy_(states, non_blocking=True)
         if states.device.type == "cuda":
             kept.ready = torch.cuda.Event()
             kept.ready.record(torch.cuda.current_stream(states.device))
