@@ -186,11 +186,12 @@ def test_questions_are_paired_with_others_of_their_length(subject):
         "The capital of Peru is",
     )
     items = Items(prompts, ("7", "7", "3", "4", "Lima"), "text")
-    pairs = pairs_of(items, subject.tokenizer, 0)
-    assert pairs.strata["item"].tolist() == [0, 1, 2]  # the others have no partner of their length
-    for clean, other in zip(pairs.prompts, pairs.corrupted_prompts, strict=True):
-        answers = dict(zip(items.prompts, items.answers, strict=True))
-        assert answers[clean] != answers[other]
+    answers = dict(zip(items.prompts, items.answers, strict=True))
+    for seed in range(8):
+        pairs = pairs_of(items, subject.tokenizer, seed)
+        assert pairs.strata["item"].tolist() == [0, 1, 2]  # the others have no partner of their length
+        for clean, other in zip(pairs.prompts, pairs.corrupted_prompts, strict=True):
+            assert answers[clean] != answers[other]
     with pytest.raises(InputError, match="equal length in tokens"):
         pairs_of(Items(prompts[3:], ("4", "Lima"), "text"), subject.tokenizer, 0)
 
