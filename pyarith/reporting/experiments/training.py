@@ -110,10 +110,10 @@ def how(results: Results, s: Mapping[str, Any]) -> str:
         f"batches of {s['batch_size']}, the same data order for every arm, {words.count(s['seeds'], 'seed')}. "
         f"*Target*: {sizes['target']} prompts with trained operand pairs in templates that were not trained; *unseen "
         f"pairs*: {sizes['unseen pairs']} prompts with other operand pairs; *other tasks*: mean accuracy on "
-        f"{len(results['retention'])} tasks ({words.listing(map(words.sign, results['retention']))}). Every arm has its own "
-        f"sweep of learning rates, of which the best on {sizes['validation']} other prompts is shown (\\*: at the "
-        "edge of its sweep). Ranges are over seeds; intervals and q (adjusted over the arms) are paired, by operand "
-        "pairs and templates."
+        f"{len(results['retention'])} tasks ({words.listing(map(words.sign, results['retention']))}). Every arm has "
+        f"its own sweep of learning rates, of which the best on {sizes['validation']} other prompts is shown (\\*: "
+        "at the edge of its sweep). Ranges are over seeds; intervals and q (adjusted over the arms) are paired, by "
+        "operand pairs and templates."
     )
 
 
