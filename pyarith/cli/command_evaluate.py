@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyarith.cli.options import Debug, Device, TrustRemoteCode
-from pyarith.cli.terminal import Terminal, percent, reported, table
+from pyarith.cli.terminal import Terminal, reported, table
 
 if TYPE_CHECKING:
     from pyarith.evaluation.evaluate import Change, Evaluation
@@ -172,15 +172,16 @@ def _say(terminal: Terminal, found: dict[str, Evaluation], changed: list[Change]
             cells = [str(row["n"]), f"{100 * row['accuracy']:.1f}%", interval, f"{row['probability']:.3f}"]
             made.add_row(row["task"], *cells)
     else:
-        for name in ("task", "items", "before", "after", "difference (95 %)", "lost", "gained", "q", "P(answer)"):
-            made.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+        # in points, so that all fits into 80 columns
+        for name in ("task", "items", "before", "after", "change (95 %)", "lost", "won", "q", "P(answer)"):
+            made.add_column(name, justify="left" if name == "task" else "right", no_wrap=name != "task")
         for one in changed:
             known = one.low == one.low
-            interval = f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})" if known else ""
-            cells = [str(one.n), f"{100 * one.accuracy_before:.1f}%", f"{100 * one.accuracy_after:.1f}%"]
-            cells += [percent(one.difference) + interval, str(one.lost), str(one.gained)]
-            cells += [f"{one.q:.3g}" if known else "n/a"]
-            cells += [f"{one.probability_before:.3f} to {one.probability_after:.3f}"]
+            interval = f" ({100 * one.low:+.1f} {100 * one.high:+.1f})" if known else ""
+            cells = [str(one.n), f"{100 * one.accuracy_before:.1f}", f"{100 * one.accuracy_after:.1f}"]
+            cells += [f"{100 * one.difference:+.1f}{interval}", str(one.lost), str(one.gained)]
+            cells += [f"{one.q:.2g}" if known else "n/a"]
+            cells += [f"{one.probability_before:.2f} {one.probability_after:.2f}"]
             made.add_row(one.task, *cells)
     terminal.out.print(made)
     terminal.line()

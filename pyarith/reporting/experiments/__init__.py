@@ -16,6 +16,8 @@ from pyarith.reporting.experiments import (
     e10_controls,
     e11_cosines,
     e12_lens,
+    e13_precise_sft,
+    e14_sizes,
 )
 from pyarith.reporting.experiments.page import DEMO, render
 from pyarith.reporting.experiments.records import read, read_all
@@ -38,6 +40,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         e10_controls.EXPERIMENT,
         e11_cosines.EXPERIMENT,
         e12_lens.EXPERIMENT,
+        e13_precise_sft.EXPERIMENT,
+        e14_sizes.HEADS,
+        e14_sizes.MLPS,
     )
 }
 
