@@ -275,7 +275,7 @@ def test_another_model_is_refused(run, tmp_path):
 def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_bits(run, tmp_path):
     """SIGKILL in the middle; the same command then gives the delta and the losses of a run that was left alone."""
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
-    command = ["--heads", "3", "--data", "/", "--n", "64", "--lr", "2e-3", "--steps", "60", "--save-every", "5"]
+    command = ["--heads", "3", "--data", "/", "--n", "64", "--lr", "2e-3", "--steps", "30", "--save-every", "3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     killed = subprocess.Popen(
         [sys.executable, "-m", "pyarith", "tune", str(run), *command],
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_bits(run, tmp_pa
     assert same(values_of(run), values_of(whole)) and not place.exists()
     with open(run / "tune" / "losses.csv", newline="") as one, open(whole / "tune" / "losses.csv", newline="") as other:
         left, right = list(csv.DictReader(one)), list(csv.DictReader(other))
-    assert [row["loss"] for row in left] == [row["loss"] for row in right] and len(left) == 60
+    assert [row["loss"] for row in left] == [row["loss"] for row in right] and len(left) == 30
 
 
 # the picture
