@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,14 @@ from pyarith.evaluation.transfer_result import Cell, Control, TransferResult
 from pyarith.prompts import ROLES, PromptPairs
 from pyarith.reporting import RunDirectory, SavedRun, Step, judge
 from pyarith.reporting.analyses import Analyses, Looked, record, tables
+from pyarith.reporting.comparisons import comparison_record
 from pyarith.reporting.knockouts import Chosen, curve_record, curve_rows
 from pyarith.reporting.tables import write_csv
 from pyarith.result import PatchResult
+from pyarith.stats import Clusters
+from pyarith.tuning.compare import Comparison, Point
+from pyarith.tuning.loop import COLUMNS
+from pyarith.tuning.sft_result import TuneResult
 from pyarith.types import Head
 
 LAYERS, HEADS, PROMPTS, TOKENS = 3, 4, 36, 6
@@ -170,10 +176,62 @@ def add_transfer(path: Path, task: str = "two-digit sums") -> TransferResult:
     return result
 
 
+def add_tune(path: Path) -> list[float]:
+    """A fine-tuning of 130 steps, more than the curve has points; returns its losses."""
+    run, rng = SavedRun.open(path), np.random.default_rng(4)
+    losses = np.exp(-np.arange(130) / 60 + rng.normal(0, 0.05, 130))
+    zeros = np.zeros(130)
+    history = {name: zeros for name in COLUMNS} | {"loss": losses, "task_loss": losses, "completion_tokens": zeros + 4}
+    result = TuneResult(
+        heads=(Head(1, 2), Head(2, 0)),
+        mlps=(2,),
+        shared_heads=(Head(1, 3),),
+        n_parameters=12345,
+        state_bytes={"slices": 49380, "gradients": 49380, "adamw": 98760},
+        history=history,
+        steps_per_epoch=65,
+        resumed_at=None,
+        settings={"lr": 0.003, "schedule": "cosine"},
+        data={"task": {"source": "/", "examples": 400}},
+        base="sha256:0",
+        machine={"threads": 1},
+        seconds={"training": 5.0},
+        memory=2**29,
+        prefix_cache=None,
+    )
+    step = Step(run, "tune", {"heads": ["1.2", "2.0"]})
+    step.file("losses.csv").write_text(result.losses_csv())
+    step.finish({"result": result.record()}, {"training": 5.0})
+    return losses.tolist()
+
+
+def add_compare(path: Path, arm: str = "full") -> dict[str, Any]:
+    """Two arms at two rates with two seeds; returns the record."""
+    run, rng = SavedRun.open(path), np.random.default_rng(5)
+    tasks = ("target", "validation", "control")
+    points = [
+        Point(name, rate, seed, "chosen", size, {task: rng.random(40) < 0.8 for task in tasks}, 1.0, 0.3)
+        for name, size in (("key heads", 100), (arm, 9000))
+        for rate in (0.001, 0.01)
+        for seed in (0, 1)
+    ]
+    base = {task: rng.random(40) < 0.6 for task in tasks}
+    clusters = Clusters.of({"item": np.arange(40)})
+    found = Comparison(("key heads", arm), "target", "validation", ("control",), base, tuple(points), clusters)
+    split = SimpleNamespace(sizes={"train": 80, "target": 40, "validation": 40, "control": 40})
+    record = comparison_record(found, found.summary(resamples=200), split)
+    step = Step(run, "compare", {"operator": "+"})
+    write_csv(step.file("runs.csv"), record["frontier"])
+    step.finish({"comparison": record}, {"all": 6.0})
+    return record
+
+
 def write_all(path: Path, **options: Any) -> Path:
     """A run with every step."""
     write_run(path)
     add_knockout(path)
     add_analysis(path, **options)
     add_transfer(path)
+    add_tune(path)
+    add_compare(path)
     return path

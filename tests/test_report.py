@@ -43,6 +43,7 @@ def hostile(tmp_path_factory):
     report_runs.write_run(path, signs=("+",), prompt=HOSTILE)
     report_runs.add_analysis(path, foreign=HOSTILE, prompt=HOSTILE)
     report_runs.add_transfer(path, task=HOSTILE)
+    report_runs.add_compare(path, arm=HOSTILE)
     record = json.loads((path / "run.json").read_text())
     record["model"]["name"] = record["settings"]["model"] = HOSTILE
     record["command_line"] = ["/x/pyarith", "discover", HOSTILE, "\udcff"]
@@ -97,7 +98,7 @@ def test_missing_steps_are_named_with_their_command(tmp_path):
         text = page.sections[section]["text"]
         assert "Not done yet." in text and f"pyarith {command} '{path}' makes it." in text
         assert page.sections[section]["tables"] == page.sections[section]["figures"] == []
-    assert f"Knock-outs: Not done yet. pyarith knockout '{path}'" in report.missing and len(report.missing) == 7
+    assert f"Knock-outs: Not done yet. pyarith knockout '{path}'" in report.missing and len(report.missing) == 9
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -217,12 +218,45 @@ def test_transfer_is_the_result(whole, page):
     assert "never gets these right, so there is nothing to knock out: never right." in section["text"]
 
 
+def test_fine_tuning_is_the_step(whole, page):
+    rows = read(whole / "tune" / "losses.csv")
+    section = page.sections["tune"]
+    trace = section["figures"][0]["data"][0]
+    losses = [float(row["task_loss"]) for row in rows]
+    assert len(rows) == 130 and len(trace["y"]) == 44  # means of three steps, the last of one
+    assert trace["y"][0] == pytest.approx(sum(losses[:3]) / 3) and trace["y"][-1] == pytest.approx(losses[-1])
+    for text in ("12,345 parameters", "1.2, 2.0", "MLPs of layers 2", "read by 1.3 too", f"{losses[-1]:.3f}"):
+        assert text in section["text"], text
+
+
+def test_ways_of_training_are_those_of_the_record(whole, page):
+    record = json.loads((whole / "compare" / "compare.json").read_text())["comparison"]
+    section = page.sections["compare"]
+    data, layout = section["figures"][0]["data"], section["figures"][0]["layout"]
+    for place, one in enumerate(record["summary"]):
+        others, chosen, mean = data[3 * place : 3 * place + 3]
+        own = [point for point in record["frontier"] if point["arm"] == one["arm"]]
+        best = [point for point in own if point["rate"] == one["rate"]]
+        assert chosen["x"] == pytest.approx([100 * point["gain"] for point in best])
+        assert chosen["y"] == pytest.approx([100 * point["retention"] for point in best])
+        assert len(others["x"]) == len(own) - len(best) == 2
+        assert mean["x"] == pytest.approx([100 * one["target_change"]])
+        assert mean["y"] == pytest.approx([100 * one["retention_change"]])
+        assert layout["xaxis"]["range"][0] < min(chosen["x"]) and max(chosen["x"]) < layout["xaxis"]["range"][1]
+        line = section["tables"][0][1 + place]
+        assert line[0] == one["arm"] and line[3] == f"{100 * one['target']:.1f}%"
+        assert line[4] == f"{100 * one['target_change']:+.1f}%" and line[2] == f"{one['n_parameters']:,}"
+    assert section["tables"][0][1][6:] == ["n/a", "", "n/a"]
+    assert section["tables"][0][2][6] == f"{100 * record['summary'][1]['difference']:+.1f}%"
+    assert len(section["tables"][1]) == 1 + len(record["frontier"]) == 9
+
+
 def test_how_it_was_made(whole, page):
     record, text = json.loads((whole / "run.json").read_text()), page.sections["provenance"]["text"]
     for value in (record["model"]["fingerprint"], record["runs"]["*"]["data"]["hash"], record["versions"]["torch"]):
         assert value in text
     steps = [row[0] for row in page.sections["provenance"]["tables"][0][1:]]
-    assert steps == ["discover", "knockout", "analysis", "transfer"]
+    assert steps == ["discover", "knockout", "analysis", "transfer", "tune", "compare"]
 
 
 def test_one_operator_has_no_tabs_and_a_reason_for_what_was_not_done(hostile):

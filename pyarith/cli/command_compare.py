@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyarith.cli.options import Debug, Device, Force, ModelNow, RunDir, TrustRemoteCode
-from pyarith.cli.terminal import Terminal, count, percent, reported, table
+from pyarith.cli.terminal import Terminal, count, reported, table
 
 if TYPE_CHECKING:
     from pyarith.tuning.compare import ArmSummary
@@ -128,14 +128,17 @@ def _rates(text: str) -> tuple[float, ...]:
 def _say(terminal: Terminal, base: dict[str, Any], summary: list[ArmSummary]) -> None:
     """One line an arm, at its best rate."""
     made = table()
-    for name in ("arm", "rate", "parameters", "target", "gain", "others", f"target - {summary[0].arm}", "q"):
-        made.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    made.add_row("untrained", "", "", f"{100 * base['target'].mean():.1f}%", "", "", "", "")
+    for name in ("arm", "rate", "parameters", "target", "gain", "others", "target, against first", "q"):
+        made.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name != "arm")
+    made.add_row("untrained", "", "", f"{100 * base['target'].mean():.1f}", "", "", "", "")
     for one in summary:
         first = one.low != one.low
-        against = "" if first else f"{percent(one.difference)} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
-        cells = [f"{one.rate:g}{' (edge)' if one.at_edge else ''}", f"{one.n_parameters:,}", f"{100 * one.target:.1f}%"]
-        cells += [percent(one.target_change), percent(one.retention_change), against, "" if first else f"{one.q:.2g}"]
-        made.add_row(one.arm, *cells)
+        against = "" if first else f"{100 * one.difference:+.1f} ({100 * one.low:+.1f} {100 * one.high:+.1f})"
+        cells = [f"{one.rate:g}{'*' if one.at_edge else ''}", f"{one.n_parameters:,}", f"{100 * one.target:.1f}"]
+        cells += [f"{100 * one.target_change:+.1f}", f"{100 * one.retention_change:+.1f}", against]
+        made.add_row(one.arm, *cells, "" if first else f"{one.q:.2g}")
     terminal.out.print(made)
-    terminal.line("rate (edge): the best of the sweep is its lowest or highest; the arm may do better beyond it")
+    terminal.line(
+        f"Accuracies and changes in percent; target against {summary[0].arm}, with a 95 % interval; *: the best rate is "
+        "at the edge of the sweep, and the arm may do better beyond it"
+    )

@@ -274,7 +274,7 @@ class Cloud:
 
 
 def scatter(clouds: Sequence[Cloud], *, x_title: str, y_title: str, unit: str = "") -> Figure:
-    """Points of several kinds about a cross at 0."""
+    """Points of several kinds about a cross at 0; the frame holds those that count, the others may lie outside."""
     traces: list[dict[str, Any]] = []
     for cloud in clouds:
         look = {"type": "scatter", "mode": "markers", "legendgroup": cloud.name, "name": cloud.name}
@@ -304,8 +304,11 @@ def scatter(clouds: Sequence[Cloud], *, x_title: str, y_title: str, unit: str = 
                 "hoverinfo": "text",
             }
         )
-    axes = {
-        "xaxis": {"title": {"text": x_title}, "ticksuffix": unit, "zeroline": True},
-        "yaxis": {"title": {"text": y_title}, "ticksuffix": unit, "zeroline": True},
-    }
+    axes = {}
+    for name, title in (("x", x_title), ("y", y_title)):
+        known = [v for one in clouds for v, chosen in zip(getattr(one, name), one.chosen, strict=True) if chosen]
+        low, high = min(0.0, *known), max(0.0, *known)
+        margin = 0.15 * (high - low) + 0.5
+        frame = {"range": [low - margin, high + margin], "ticksuffix": unit, "zeroline": True}
+        axes[f"{name}axis"] = {"title": {"text": title}, **frame}
     return {"data": traces, "layout": {**axes, "height": 440, "showlegend": True}}

@@ -36,7 +36,7 @@ def build(source: Source) -> list[Block]:
     says = (
         f"Training {operator_title(settings['operator'])}: change of the target's accuracy against change of the mean "
         f"of {count(len(found['retention']), 'other task')}, in percentage points. Filled: runs at an arm's best "
-        "learning rate, large: their mean; hollow: other rates."
+        "learning rate, large: their mean; hollow: other rates, of which some may lie outside (double-click shows all)."
     )
     kept = ", ".join(printable(name) for name in found["retention"])
     about = f"Other tasks: {kept}. Rates were chosen on {found['prompts']['validation']} prompts of their own."
