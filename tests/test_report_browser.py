@@ -80,7 +80,7 @@ DRAWN = "[...document.querySelectorAll('.chart')].filter(c => c.offsetParent).ma
 
 def test_everything_is_drawn_and_nothing_is_asked_for(page, path):
     drawn = page.evaluate(DRAWN)
-    assert len(drawn) == 10 and all(drawn)
+    assert len(drawn) == 12 and all(drawn)
     others = [address for address in page.requests if not address.startswith("data:")]
     assert others == [path.resolve().as_uri()]
     assert page.errors == []
@@ -179,7 +179,7 @@ def test_paper_has_every_panel_table_and_number(browser, path, tmp_path):
     page = browser.open(path)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
-    assert all(page.evaluate(DRAWN)) and len(page.evaluate(DRAWN)) == 18
+    assert all(page.evaluate(DRAWN)) and len(page.evaluate(DRAWN)) == 20
     assert page.evaluate("document.querySelector('main').getBoundingClientRect().width") == 680
     wide = page.evaluate(
         "[...document.querySelectorAll('table, .main-svg')].filter(e => e.getBoundingClientRect().width > 681).length"

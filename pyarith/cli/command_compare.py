@@ -139,6 +139,6 @@ def _say(terminal: Terminal, base: dict[str, Any], summary: list[ArmSummary]) ->
         made.add_row(one.arm, *cells, "" if first else f"{one.q:.2g}")
     terminal.out.print(made)
     terminal.line(
-        f"Accuracies and changes in percent; target against {summary[0].arm}, with a 95 % interval; *: the best rate is "
-        "at the edge of the sweep, and the arm may do better beyond it"
+        f"Accuracies and changes in percent; target against {summary[0].arm}, with a 95 % interval; *: the best rate "
+        "is at the edge of the sweep, and the arm may do better beyond it"
     )
