@@ -186,7 +186,7 @@ def test_paper_has_every_panel_table_and_number(browser, path, tmp_path):
     )
     assert wide == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.evaluate("document.querySelectorAll('details[open]').length") == 0 and len(page.evaluate(DRAWN)) == 10
+    assert page.evaluate("document.querySelectorAll('details[open]').length") == 0 and len(page.evaluate(DRAWN)) == 12
     page.print(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-") and page.errors == []
     if shutil.which("pdftotext") is None:

@@ -268,9 +268,8 @@ def test_models_that_cannot_be_tuned_are_refused():
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama-gqa2", "gpt2"])
-def test_compiled_and_checkpointed_models_train_alike(name):
-    model, data = tiny_models.make(name), batch()
+def test_compiled_and_checkpointed_models_train_alike():
+    model, data = tiny_models.make("llama-gqa2"), batch()
     model.config.use_cache = False
     with pa.SelectiveTuner(model, HEADS, mlps=[1]) as tuner:
 
