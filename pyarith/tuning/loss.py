@@ -11,7 +11,7 @@ from pyarith.errors import UnsupportedModelError, check
 from pyarith.models.sites import ModelSites
 
 IGNORED = -100  # labels that do not count, as in transformers
-_CHUNK_BYTES = {"cpu": 32 << 20}  # of the fp32 logits held at once; on a CPU little more than what stays in its caches
+_CHUNK_BYTES = {"cpu": 128 << 20}  # of the logits held at once: each block reads the whole unembedding twice
 _CHUNK_ELSEWHERE = 512 << 20
 
 
