@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,11 @@ def test_parts_are_taken_where_they_fit_and_are_whole(demo, tasks, seen, tmp_pat
     assert again(baseline=mean)[:2] == (1, 1 + SETS)
     assert again(max_new_tokens=6)[:2] == (0, 1 + SETS)
     assert again(tasks={"copy": Items.from_problems(pa.tasks.draw_problems("copy", 7))})[:2] == (0, 1 + SETS)
+    copies = tasks["copy"]
+    for other in (replace(copies, answers=("cat",) * 6), Items(copies.prompts, ("7",) * 6, "number")):
+        assert again(tasks={"copy": other})[:2] == (0, 1 + SETS)
+    pairs = tasks["kind"]
+    assert again(tasks={"kind": replace(pairs, answers=pairs.answers + 1)})[:2] == (1, 0)
     weight = model.model.layers[0].mlp.up_proj.weight
     kept = weight.detach().clone()
     try:

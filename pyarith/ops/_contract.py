@@ -61,9 +61,12 @@ def flat_bounds(name: str, ranges: Sequence[Pair]) -> list[int]:
     """Starts and stops of ``ranges`` in one list, as a schema takes them."""
     bounds: list[int] = []
     for pair in ranges:
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(bound, int) for bound in pair)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise InputTypeError(f"{name}: expected (start, stop) pairs of integers, got {pair!r}")
-        bounds.extend(pair)
+        start, stop = pair
+        if not isinstance(start, int) or not isinstance(stop, int):
+            raise InputTypeError(f"{name}: expected (start, stop) pairs of integers, got {pair!r}")
+        bounds += pair
     return bounds
 
 
@@ -72,7 +75,8 @@ def expect_ranges(name: str, bounds: Sequence[int], size: int) -> int:
     if len(bounds) % 2:
         raise InputError(f"{name}: expected a start and a stop of each range, got {len(bounds)} numbers")
     taken = before = 0
-    for start, stop in zip(bounds[::2], bounds[1::2], strict=True):
+    numbers = iter(bounds)
+    for start, stop in zip(numbers, numbers, strict=True):
         if not before <= start < stop <= size:
             raise InputError(
                 f"{name}: expected sorted (start, stop) pairs with start < stop that do not overlap and lie within "

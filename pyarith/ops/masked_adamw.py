@@ -59,30 +59,32 @@ def factors_of(lr: float, beta1: float, beta2: float, eps: float, weight_decay: 
     )
 
 
-def _check_slice(i: int, own: dict[str, Tensor], weight: Tensor, dim: int, bounds: Sequence[int], like: Tensor) -> None:
-    """One slice; ``own`` are its compact tensors, ``like`` is the first slice. Quick: it runs for each of many."""
-    device, dtype, shape = like.device, like.dtype, own["params"].shape
-    if not 1 <= len(shape) <= 2:
-        raise InputError(f"params[{i}]: expected one or two dimensions, got shape {tuple(shape)}")
-    for name, tensor in own.items():
+def _check_compact(name: str, tensors: Tensors, shapes: Sequence[torch.Size], like: Tensor, strided: bool) -> None:
+    """Raise unless ``tensors`` have ``shapes``, those of params, and the device and dtype of ``like``."""
+    device, dtype = like.device, like.dtype
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if tensor.shape != shape:
             expect_shape(f"{name}[{i}]", tensor, shape, f"that of params[{i}]")
         if tensor.dtype is not dtype or tensor.device != device:
             expect_like(f"{name}[{i}]", tensor, device, frozenset((dtype,)))
-        if not tensor.is_contiguous() and name != "grads":
+        if not (strided or tensor.is_contiguous()):
             raise InputError(f"{name}[{i}]: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def _check_place(i: int, shape: torch.Size, weight: Tensor, dim: int, bounds: Sequence[int], like: Tensor) -> None:
+    """Raise unless slice ``i`` of this ``shape`` lies in ``weight`` where ``bounds`` say."""
+    whole, wide = weight.shape, like.dtype is _F64
     if not 0 <= dim < len(shape):
         raise InputError(f"dims[{i}]: expected a dimension of params[{i}], 0 to {len(shape) - 1}; got {dim}")
-    whole = weight.shape
     if len(whole) != len(shape) or (len(shape) == 2 and whole[1 - dim] != shape[1 - dim]):
-        expected = ["any"] * len(shape) if len(shape) == 1 else [*map(str, shape)]
+        expected = [*map(str, shape)]
         expected[dim] = "any"
         raise InputError(
             f"weights[{i}]: expected the shape of params[{i}] but for dimension {dim}, ({', '.join(expected)}); "
             f"got {tuple(whole)}"
         )
-    if weight.device != device or (weight.dtype is _F64) != (dtype is _F64) or weight.dtype not in FLOATS:
-        expect_like(f"weights[{i}]", weight, device, frozenset((_F64,)) if dtype is _F64 else FLOATS - {_F64})
+    if weight.device != like.device or weight.dtype not in FLOATS or (weight.dtype is _F64) is not wide:
+        expect_like(f"weights[{i}]", weight, like.device, frozenset((_F64,)) if wide else FLOATS - {_F64})
     if not weight.is_contiguous():
         raise InputError(f"weights[{i}]: expected a contiguous tensor, got strides {weight.stride()}")
     taken = expect_ranges(f"ranges[{i}]", bounds, whole[dim])
@@ -142,12 +144,19 @@ def _check(
     for name, values in others:
         if len(values) != len(params):
             raise InputError(f"{name}: expected {len(params)}, one for each of params; got {len(values)}")
+    if len(bounds) != 2 * sum(counts):
+        raise InputError(f"bounds: expected {2 * sum(counts)} numbers, two for each of counts; got {len(bounds)}")
     like = params[0]
     expect_like("params[0]", like, like.device, WIDE)
     _check_apart(written)
+    shapes = [param.shape for param in params]
+    for i, shape in enumerate(shapes):
+        if not 1 <= len(shape) <= 2:
+            raise InputError(f"params[{i}]: expected one or two dimensions, got shape {tuple(shape)}")
+    for name, tensors in (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_compact(name, tensors, shapes, like, strided=name == "grads")
     for i, own_bounds in enumerate(split_bounds(bounds, counts)):
-        own = {"params": params[i], "grads": grads[i], "exp_avgs": exp_avgs[i], "exp_avg_sqs": exp_avg_sqs[i]}
-        _check_slice(i, own, weights[i], dims[i], own_bounds, like)
+        _check_place(i, shapes[i], weights[i], dims[i], own_bounds, like)
         if seed is not None and weights[i].dtype is not _BF16:
             raise InputError(
                 f"seed: expected None, as only bfloat16 weights are rounded stochastically and weights[{i}] is "
