@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from single_thread import one_thread  # noqa: F401
+from single_thread import on_one_thread, one_thread  # noqa: F401
 from tokenizers_for_tests import byte_level
 from typer.testing import CliRunner
 
@@ -61,7 +61,8 @@ def loud_again():
 @pytest.fixture(scope="module")
 def discovered(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "mine"
-    done = pyarith("discover", MODEL, "--operator", "+", "--operator", "-", "--n", 24, "--verify", 0, "--out", path)
+    with on_one_thread():
+        done = pyarith("discover", MODEL, "--operator", "+", "--operator", "-", "--n", 24, "--verify", 0, "--out", path)
     assert done.exit_code == 0, done.output
     return path
 
@@ -72,7 +73,8 @@ def transferred(discovered, tmp_path_factory):
     rows = [{"prompt": "2 + 3 =", "answer": "5"}, {"prompt": "4 plus 4 is", "answer": "8"}] * 3
     questions = path.parent / "own questions.jsonl"
     questions.write_text("\n".join(map(json.dumps, rows)))
-    done = pyarith("transfer", path, *FAST, *TASKS, "--data", questions)
+    with on_one_thread():
+        done = pyarith("transfer", path, *FAST, *TASKS, "--data", questions)
     assert done.exit_code == 0, done.output
     return path, done
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from single_thread import one_thread  # noqa: F401
+from single_thread import on_one_thread, one_thread  # noqa: F401
 
 import pyarith as pa
 from pyarith.errors import InputError, InputTypeError, NotAvailableError
@@ -37,12 +37,8 @@ def tasks(demo):
 @pytest.fixture(scope="module")
 def result(demo, tasks):
     model, tokenizer = demo
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # set up before the fixture of each test
-    try:
+    with on_one_thread():
         return transfer(model, tokenizer, tasks, {"plus": KEY, "first": [(0, 0)]}, **FAST)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_heads_of_addition_harm_arithmetic_and_spare_the_rest(result):
