@@ -84,6 +84,7 @@ def ours(slices: Slices, backend: str, seed: int | None) -> Provider:
     lists = (slices.params, slices.grads, slices.exp_avgs, slices.exp_avg_sqs, slices.weights)
     numbers = dict(lr=NUMBERS["lr"], eps=NUMBERS["eps"], weight_decay=0.0, beta1=0.9, beta2=0.999, seed=seed)
 
+    @torch.no_grad()
     def run() -> None:
         nonlocal step
         step += 1

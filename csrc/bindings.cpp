@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -95,18 +96,22 @@ AnswerLogits answer_logits_of(const Tensor& row, const Tensor& write, const Tens
 }
 
 // The slices of one step with the memory that their descriptions lie in. `bounds`: start and stop of each range, one
-// slice's after the other's, `counts` of them each.
+// slice's after the other's, `counts` of them each. Refuses all that the contract in Python refuses, which then finds
+// the words for it: with this many tensors the checks are a good part of a call.
 class AdamwSlices {
 public:
     AdamwSlices(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                 const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                 const std::vector<Tensor>& weights, const std::vector<int64_t>& bounds,
-                const std::vector<int64_t>& counts, const std::vector<int64_t>& dims, int device) {
+                const std::vector<int64_t>& counts, const std::vector<int64_t>& dims, int device)
+        : device_{device, params.empty() ? 0 : params[0].view.device.device_id} {
         const size_t count = params.size();
-        for (size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(), counts.size(), dims.size()})
+        for (size_t size :
+             {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), weights.size(), counts.size(), dims.size()})
             if (size != count) refuse("params", "one of everything for each slice");
         runs_.reserve(bounds.size() / 2);  // slices point into it
         slices_.reserve(count);
+        written_.reserve(4 * count);
         size_t next = 0;
         for (size_t i = 0; i < count; ++i) {
             const Tensor &param = params[i], &weight = weights[i];
@@ -116,20 +121,14 @@ public:
             if (!weight.defined || weight.view.ndim != axes) refuse("weights", "as many dimensions as the slice");
             for (const Tensor* tensor : {&param, &grads[i], &exp_avgs[i], &exp_avg_sqs[i]}) {
                 if (!tensor->defined) refuse("slices", "tensors, not None");
-                if (axes == 1)
-                    expect("slices", *tensor, device, {param.size(0)}, {DType::f32});
-                else
-                    expect("slices", *tensor, device, {param.size(0), param.size(1)}, {DType::f32});
+                take("slices", *tensor, param.view.shape, axes, {DType::f32}, tensor != &grads[i]);
             }
             const int64_t limit = weight.size(dim), other = axes == 2 ? param.size(1 - dim) : 1;
-            if (axes == 1)
-                expect("weights", weight, device, {limit}, {DType::f32, DType::bf16, DType::f16});
-            else
-                expect("weights", weight, device, {dim ? other : limit, dim ? limit : other},
-                       {DType::f32, DType::bf16, DType::f16});
+            const int64_t whole[2] = {dim == 0 ? limit : other, dim == 0 ? other : limit};
+            take("weights", weight, whole, axes, {DType::f32, DType::bf16, DType::f16}, true);
             // Whole rows follow each other without a gap: all of them are one.
-            const bool whole_rows = dim == 0;
-            const int64_t unit = whole_rows ? other : 1, first = static_cast<int64_t>(runs_.size());
+            const int64_t unit = dim == 0 ? other : 1;
+            const size_t first = runs_.size();
             int64_t taken = 0, before = 0;
             for (int64_t r = 0; r < counts[i]; ++r, next += 2) {
                 if (next + 2 > bounds.size()) refuse("bounds", "two numbers for each range");
@@ -142,18 +141,22 @@ public:
             if (taken != param.size(dim)) refuse("bounds", "ranges that make up the slice");
             slices_.push_back({static_cast<float*>(param.data()), static_cast<const float*>(grads[i].data()),
                                static_cast<float*>(exp_avgs[i].data()), static_cast<float*>(exp_avg_sqs[i].data()),
-                               weight.data(), whole_rows ? 1 : other, taken * unit, limit * unit,
-                               runs_.data() + first, static_cast<int64_t>(runs_.size()) - first, weight.dtype()});
+                               weight.data(), dim == 0 ? 1 : other, taken * unit, limit * unit,
+                               runs_.data() + first, static_cast<int64_t>(runs_.size() - first), weight.dtype()});
         }
         if (next != bounds.size()) refuse("bounds", "two numbers for each range");
+        std::sort(written_.begin(), written_.end());
+        for (size_t i = 1; i < written_.size(); ++i)
+            if (written_[i].first < written_[i - 1].second)
+                refuse("params, exp_avgs, exp_avg_sqs, weights", "tensors that share no memory");
     }
 
-    MaskedAdamw step(const Tensor& grad_scale, AdamwFactors factors, std::optional<uint64_t> seed, uint32_t step,
-                     int device) const {
-        if (grad_scale.defined && grad_scale.view.ndim == 0)
-            expect("grad_scale", grad_scale, device, {}, {DType::f32});
-        else
-            expect("grad_scale", grad_scale, device, {1}, {DType::f32});
+    MaskedAdamw step(const Tensor& grad_scale, AdamwFactors factors, std::optional<uint64_t> seed,
+                     uint32_t step) const {
+        const int64_t one = 1;
+        const int axes = grad_scale.defined && grad_scale.view.ndim == 0 ? 0 : 1;
+        expect("grad_scale", grad_scale, device_.device_type, &one, axes, {DType::f32});
+        if (grad_scale.defined && grad_scale.view.device.device_id != device_.device_id) refuse("grad_scale", one_device);
         for (const AdamwSlice& slice : slices_)
             if (seed && slice.weight_dtype != DType::bf16) refuse("weights", "bfloat16 where a seed is given");
         return {slices_.data(), static_cast<int64_t>(slices_.size()), static_cast<const float*>(grad_scale.data()),
@@ -161,8 +164,20 @@ public:
     }
 
 private:
+    void take(const char* name, const Tensor& tensor, const int64_t* shape, int axes,
+              std::initializer_list<DType> dtypes, bool written) {
+        expect(name, tensor, device_.device_type, shape, axes, dtypes);
+        if (tensor.view.device.device_id != device_.device_id) refuse(name, one_device);
+        const auto begin = reinterpret_cast<uintptr_t>(tensor.data());
+        if (written && !empty(tensor.view)) written_.emplace_back(begin, begin + bytes(tensor.view));
+    }
+
+    static constexpr const char* one_device = "the device of the first slice";
+
+    DLDevice device_;
     std::vector<AdamwRun> runs_;
     std::vector<AdamwSlice> slices_;
+    std::vector<std::pair<uintptr_t, uintptr_t>> written_;  // [begin, end) in memory
 };
 
 void add_norm_cpu(Tensor row, Tensor delta, Tensor write, Tensor weight, Tensor bias, Tensor out, float eps,
@@ -196,7 +211,7 @@ void masked_adamw_cpu(const Tensors& params, const Tensors& grads, const Tensors
                       uint32_t step, int threads) {
     const AdamwSlices slices(params, grads, exp_avgs, exp_avg_sqs, weights, bounds, counts, dims, cpu_device);
     const MaskedAdamw op =
-        slices.step(grad_scale, {shrink, blend, from_grad, keep, second, unbias, rate, eps}, seed, step, cpu_device);
+        slices.step(grad_scale, {shrink, blend, from_grad, keep, second, unbias, rate, eps}, seed, step);
     py::gil_scoped_release unlocked;
     cpu::masked_adamw(op, threads);
 }
@@ -263,7 +278,7 @@ void masked_adamw_cuda(const Tensors& params, const Tensors& grads, const Tensor
                        uint32_t step, uintptr_t stream) {
     const AdamwSlices slices(params, grads, exp_avgs, exp_avg_sqs, weights, bounds, counts, dims, cuda_device);
     const AdamwFactors factors{shrink, blend, from_grad, keep, second, unbias, rate, eps};
-    raise(cuda::masked_adamw(slices.step(grad_scale, factors, seed, step, cuda_device), stream));
+    raise(cuda::masked_adamw(slices.step(grad_scale, factors, seed, step), stream));
 }
 
 #if PYARITH_CUDA_DEVICE_TYPE == 2  // the test build has no CUDA runtime to ask

@@ -47,6 +47,12 @@ inline bool empty(const DLTensor& view) {
     return false;
 }
 
+inline int64_t bytes(const DLTensor& view) {
+    int64_t size = view.dtype.bits / 8;
+    for (int axis = 0; axis < view.ndim; ++axis) size *= view.shape[axis];
+    return size;
+}
+
 [[noreturn]] inline void refuse(const char* name, const std::string& expected) {
     throw std::invalid_argument(std::string(name) + ": expected " + expected);
 }
@@ -54,19 +60,24 @@ inline bool empty(const DLTensor& view) {
 // How many leading dimensions may have any stride.
 enum class Layout { contiguous, strided_rows, contiguous_heads };
 
-inline void expect(const char* name, const Tensor& tensor, int device, std::initializer_list<int64_t> shape,
-            std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
+inline void expect(const char* name, const Tensor& tensor, int device, const int64_t* shape, int axes,
+                   std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
     if (!tensor.defined) return;
     const DLTensor& view = tensor.view;
     if (view.device.device_type != device) refuse(name, device == cpu_device ? "a CPU tensor" : "a CUDA tensor");
-    bool fits = view.ndim == static_cast<int>(shape.size());
-    for (int axis = 0; fits && axis < view.ndim; ++axis) fits = view.shape[axis] == shape.begin()[axis];
+    bool fits = view.ndim == axes;
+    for (int axis = 0; fits && axis < axes; ++axis) fits = view.shape[axis] == shape[axis];
     if (!fits) refuse(name, "another shape");
     bool known = false;
     for (DType dtype : dtypes) known = known || tensor.dtype() == dtype;
     if (!known) refuse(name, "a dtype that this kernel reads");
     const int from = layout == Layout::contiguous ? 0 : layout == Layout::strided_rows ? 1 : view.ndim - 2;
     if (!empty(view) && !contiguous(view, from)) refuse(name, "a contiguous tensor");
+}
+
+inline void expect(const char* name, const Tensor& tensor, int device, std::initializer_list<int64_t> shape,
+                   std::initializer_list<DType> dtypes, Layout layout = Layout::contiguous) {
+    expect(name, tensor, device, shape.begin(), static_cast<int>(shape.size()), dtypes, layout);
 }
 
 }  // namespace pyarith

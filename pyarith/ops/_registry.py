@@ -37,11 +37,15 @@ class Backend:
         function: takes the op's schema arguments without ``backend``.
         devices: device types it runs on; empty means every one.
         why_not: (device, dtype) -> the reason why it cannot run there, or None.
+        guarded: the function itself refuses all that the op's check refuses, by a ValueError and before it changes
+            anything. The check then runs only to say what is wrong: for ops of so many tensors that looking at each
+            of them in Python takes a good part of the op's time.
     """
 
     function: Callable[..., None]
     devices: tuple[str, ...] = ()
     why_not: Callable[[torch.device, torch.dtype], str | None] = runs_anywhere
+    guarded: bool = False
 
     def reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.devices and device.type not in self.devices:
@@ -58,10 +62,10 @@ def define(op: str, schema: str, check: Callable[..., torch.dtype], backends: di
 
     Args:
         op: name in the namespace ``pyarith``.
-        schema: torch schema without the name: first a tensor (its device is the op's), results in mutated
-            arguments, nothing returned, ``str backend="auto"`` as the last keyword.
-        check: the op's contract; raises or returns the dtype that decides on the backend. It is the fake
-            function too, so both paths refuse the same inputs.
+        schema: torch schema without the name: first a tensor or a list of them (their device is the op's), results in
+            mutated arguments, nothing returned, ``str backend="auto"`` as the last keyword.
+        check: the op's contract; raises or returns the dtype that decides on the backend, for an op with a guarded
+            backend that of the first tensor. It is the fake function too, so both paths refuse the same inputs.
         backends: name (of `NAMES`) -> implementation, in the order in which "auto" tries them; ``reference``, which
             runs everywhere, comes last.
     """
@@ -75,12 +79,25 @@ def define(op: str, schema: str, check: Callable[..., torch.dtype], backends: di
     def fake(*args: Any, backend: str = "auto") -> None:
         check(*args)
 
+    guards = any(one.guarded for one in backends.values())
+
     def real(*args: Any, backend: str = "auto") -> None:
-        dtype = check(*args)
         first = args[0]
-        key = (op, backend, (first[0] if isinstance(first, list) else first).device, dtype)
-        found = _chosen.get(key) or _choose(*key)
-        found[1](*args)
+        if isinstance(first, list):
+            first = first[0] if first else check(*args)
+        key = (op, backend, first.device, first.dtype if guards else check(*args))
+        name, function = _chosen.get(key) or _choose(*key)
+        if not guards:
+            function(*args)
+        elif backends[name].guarded:
+            try:
+                function(*args)
+            except ValueError as error:
+                check(*args)
+                raise InputError(f"{op}: {error}") from error
+        else:
+            check(*args)
+            function(*args)
         # Kernels write through raw pointers: say so, or autograd would use what it saved of these tensors before.
         for i in mutated:
             increment_version(args[i])

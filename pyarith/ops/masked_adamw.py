@@ -94,7 +94,9 @@ def _check_place(i: int, shape: torch.Size, weight: Tensor, dim: int, bounds: Se
         )
 
 
-def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
+def _check_numbers(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: int | None
+) -> None:
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:
             raise InputError(f"{name}: expected a finite number >= 0, got {value}")
@@ -103,6 +105,8 @@ def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_dec
             raise InputError(f"{name}: expected a number >= 0 and < 1, got {value}")
     if not 1 <= step <= MASK:
         raise InputError(f"step: expected the number of this step, from 1 to {MASK}; got {step}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"seed: expected an integer from 0 to 2^63 - 1, or None; got {seed}")
 
 
 def _check_apart(written: dict[str, Tensors]) -> None:
@@ -162,13 +166,11 @@ def _check(
                 f"seed: expected None, as only bfloat16 weights are rounded stochastically and weights[{i}] is "
                 f"{str(weights[i].dtype).removeprefix('torch.')}; got {seed}"
             )
-    if seed is not None and not 0 <= seed < 2**63:
-        raise InputError(f"seed: expected an integer from 0 to 2^63 - 1, or None; got {seed}")
     if grad_scale is not None:
         if grad_scale.numel() != 1 or grad_scale.dim() > 1:
             raise InputError(f"grad_scale: expected one number, got shape {tuple(grad_scale.shape)}")
         expect_like("grad_scale", grad_scale, like.device, frozenset((_F32,)))
-    _check_numbers(lr, beta1, beta2, eps, weight_decay, step)
+    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, seed)
     return like.dtype
 
 
@@ -229,7 +231,8 @@ def _prepared(
     step: int,
     seed: int | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The schema's arguments as the kernels take them: those in order, and those by name."""
+    """The schema's arguments as the kernels take them: those in order, and those by name. Refuses wrong numbers."""
+    _check_numbers(lr, beta1, beta2, eps, weight_decay, step, seed)
     dense = [grad.contiguous() for grad in grads]
     factors = factors_of(lr, beta1, beta2, eps, weight_decay, step)
     listed = (params, dense, exp_avgs, exp_avg_sqs, weights, bounds, counts, dims, grad_scale)
@@ -260,8 +263,8 @@ _op = define(
     'float weight_decay, int step, int? seed, *, str backend="auto") -> ()',
     _check,
     {
-        "cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu),
-        "cuda": Backend(_cuda, ("cuda",), _native.why_not_cuda),
+        "cpu": Backend(_cpu, ("cpu",), _native.why_not_cpu, guarded=True),
+        "cuda": Backend(_cuda, ("cuda",), _native.why_not_cuda, guarded=True),
         "triton": Backend(_triton, ("cuda",), why_not_triton),
         "reference": Backend(reference),
     },

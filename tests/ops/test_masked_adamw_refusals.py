@@ -39,6 +39,10 @@ def own_weight(given):
     given.params[0] = given.weights[0]
 
 
+def shared(given):
+    given.exp_avgs[0] = given.params[0].view(16, 24)
+
+
 REFUSED = (
     (changed(params=[]), "params: expected at least one slice, got none"),
     (changed(params=(make(2) for _ in range(2))), "params: expected a list of tensors, got generator"),
@@ -80,6 +84,7 @@ REFUSED = (
     (changed(ranges__0=((8, 24, 1),)), "ranges[0]: expected (start, stop) pairs of integers, got (8, 24, 1)"),
     (changed(ranges__0=((8, 24.0),)), "ranges[0]: expected (start, stop) pairs of integers, got (8, 24.0)"),
     (twice, "weights[1]: expected a tensor of its own, got that of weights[0]; all ranges of a weight make one slice"),
+    (shared, "masked_adamw: params, exp_avgs, exp_avg_sqs, weights: expected tensors that share no memory"),
     (own_weight, "weights[0]: expected a tensor of its own, got that of params[0]"),
     (changed(lr=-1e-3), "lr: expected a finite number >= 0, got -0.001"),
     (changed(lr=math.nan), "lr: expected a finite number >= 0, got nan"),
@@ -150,6 +155,9 @@ def test_the_extension_repeats_what_memory_safety_needs():
         (dict(bounds=listed["bounds"][:-2]), "bounds: expected two numbers for each range"),
         (dict(bounds=[*listed["bounds"], 0, 1]), "bounds: expected two numbers for each range"),
         (dict(grad_scale=make(2)), "grad_scale: expected another shape"),
+        (dict(grad_scale=make(1, 1)), "grad_scale: expected another shape"),
+        (dict(exp_avgs=given.exp_avg_sqs), "expected tensors that share no memory"),
+        (dict(weights=[given.weights[0], given.weights[0].view(-1)[:960].view(24, 40)]), "share no memory"),
         (dict(params=[make(2, 2, 2), given.params[1]]), "params: expected one or two dimensions"),
     ):
         with pytest.raises(ValueError, match=words):
