@@ -8,6 +8,7 @@ senders, nothing is recorded but the answer's logit. All prompts have equal leng
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +22,7 @@ def with_shared_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
-class LiteralPatching:
+class LiteralPatching(ABC):
     """What the three share: captured values, groups of senders, and the answer's logit. Subclasses run the forwards."""
 
     provider = "hooks"
@@ -75,16 +76,17 @@ class LiteralPatching:
             patched[variant * len(self.clean) : (variant + 1) * len(self.clean), -1] = self.corrupted_mlp[layer]
         return patched
 
+    @abstractmethod
     def _prepare(self) -> None:
-        raise NotImplementedError
+        """Find the modules that the tool needs."""
 
+    @abstractmethod
     def _capture(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """(z per layer, MLP output per layer, answer logits) of an unpatched forward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _patched_forward(self, ids: torch.Tensor, group: Sequence[Sender]) -> torch.Tensor:
         """Logits `[variant * batch, 1, d_vocab]` at END."""
-        raise NotImplementedError
 
 
 class HookPatching(LiteralPatching):

@@ -180,7 +180,7 @@ def _run(bench: Bench, case: Case) -> bool:
         bench.clock.synchronise()  # an error of a kernel belongs to the case that started it
     except NotMeasured as error:
         status, reason = SKIPPED, str(error)
-    except Exception as error:
+    except Exception as error:  # whatever a case raises is its outcome; the cases after it still run
         traceback.print_exc()
         status, reason = FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}"
     _end(bench, Outcome(case.stage, case.name, status, reason, time.perf_counter() - begin, bench.values))

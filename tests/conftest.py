@@ -8,6 +8,18 @@ _ALONE = "PYTEST_XDIST_WORKER" not in os.environ
 if not _ALONE:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(2 if _ALONE else 1)
+
+
+@pytest.fixture
+def loud_again():
+    """The commands silence transformers; put that back for the tests that follow."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()

@@ -64,15 +64,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(autouse=True)
-def loud_again():
-    """The commands silence transformers; put that back for the tests that follow."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_again")
 
 
 @pytest.fixture(scope="module")

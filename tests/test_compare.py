@@ -50,8 +50,8 @@ def arms_of(model):
     return size, [
         made.head_arm("key heads", lambda seed: TOP),
         made.head_arm("heads and MLP", lambda seed: TOP, [3]),
-        made.head_arm("random heads", made.random_heads(sites, 2)),
-        made.head_arm("same layers", made.same_layer_heads(sites, TOP)),
+        made.head_arm("random heads", made.random_control(sites, 2)),
+        made.head_arm("same layers", made.same_layer_control(sites, TOP)),
         made.mask_arm("mask", size),
         made.lora_arm("LoRA", size),
         made.lora_arm("early LoRA", size, range(2)),
@@ -229,15 +229,10 @@ def test_unknown_arms_and_too_many_heads_are_refused(demo, names, k, message):
         comparisons.usual_arms(demo[0], ranking, k, names)
 
 
-def test_controls_have_as_many_heads_per_layer():
+def test_controls_are_drawn_anew_for_every_seed():
     sites = resolve(tiny_models.make("llama"))
-    heads = [Head(0, 1), Head(2, 0), Head(2, 1), Head(2, 2)]
-    drawn = [made.same_layer_heads(sites, heads)(seed) for seed in range(20)]
-    for one in drawn:
-        assert len(set(one)) == 4 and sorted(head.layer for head in one) == [0, 2, 2, 2]
-        assert Head(2, 3) in one and Head(0, 1) not in one  # layer 2 has one other head, so two are its own
-    assert len({tuple(one) for one in drawn}) > 1
-    draws = [made.random_heads(sites, 5)(seed) for seed in range(20)]
-    assert all(len(set(one)) == 5 for one in draws) and len({tuple(one) for one in draws}) > 10
+    heads = [Head(0, 1), Head(2, 0)]
+    for draw in (made.same_layer_control(sites, heads), made.random_control(sites, 2)):
+        assert draw(3) == draw(3) and len({tuple(draw(seed)) for seed in range(20)}) > 5
     with pytest.raises(pa.errors.InputError, match="expected 1 to 12 heads, got 13"):
-        made.random_heads(sites, 13)
+        made.random_control(sites, 13)

@@ -16,16 +16,7 @@ from typer.testing import CliRunner
 from pyarith.cli import app
 from pyarith.tuning import read_delta
 
-
-@pytest.fixture(autouse=True)
-def loud_again():
-    """The command silences transformers; put that back for the tests that follow."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_again")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pyarith.cli import app
 from pyarith.evaluation import Items, changes, evaluate, harness_scores, named_task
 from pyarith.evaluation.evaluate import _log_probability, answer_probability
 
+pytestmark = pytest.mark.usefixtures("loud_again")
 ITEMS = Items(("3 plus 4 equals to", "2 plus 2 equals to", "12 plus 11 equals to"), ("7", "5", "23"), "number")
 
 
@@ -59,8 +60,7 @@ def test_probability_knows_softcaps_and_positions(name):
     np.testing.assert_allclose(found, want, rtol=2e-4)
 
 
-def test_an_answer_without_tokens_of_its_own_has_no_probability(demo):
-    """A tokenizer that adds an end-of-text token by itself never lets a prompt be how prompt and answer begin."""
+def test_a_tokenizer_that_ends_every_text_by_itself_changes_nothing(demo):
     model, tokenizer = demo
 
     def ending(texts, **options):
@@ -70,11 +70,29 @@ def test_an_answer_without_tokens_of_its_own_has_no_probability(demo):
 
     class Ending:
         encode, all_special_ids, unk_token_id = tokenizer.encode, tokenizer.all_special_ids, tokenizer.unk_token_id
+        eos_token_id = tokenizer.eos_token_id
 
         def __call__(self, texts, **options):
             return ending(texts, **options)
 
-    assert np.isnan(answer_probability(model, Ending(), ITEMS)).all()
+    want = answer_probability(model, tokenizer, ITEMS)
+    np.testing.assert_array_equal(answer_probability(model, Ending(), ITEMS), want)
+
+
+def test_an_answer_without_tokens_of_its_own_has_no_probability(demo):
+    model, tokenizer = demo
+
+    class Joining:
+        """Every text is one token."""
+
+        encode, all_special_ids, eos_token_id = tokenizer.encode, [], None
+        unk_token_id = None
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[len(text)] for text in texts]}
+
+    found = answer_probability(model, Joining(), ITEMS)
+    assert np.isnan(found).tolist() == [True, True, True]
 
 
 def test_scores_and_what_an_ablation_changes(demo):

@@ -41,15 +41,7 @@ def refused(done, *parts):
         assert part in done.output.replace("\n", " "), done.output
 
 
-@pytest.fixture(autouse=True)
-def loud_again():
-    """The commands silence transformers; put that back for the tests that follow."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("loud_again")
 
 
 @pytest.fixture(scope="module")

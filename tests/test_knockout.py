@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pyarith as pa
-from pyarith.discovery.knockout import _same_layers, _sets
+from pyarith.discovery.knockout import _sets
 from pyarith.errors import InputError, InputTypeError
 from pyarith.types import Head
 
@@ -86,13 +86,6 @@ def test_controls_are_what_they_are_called():
         assert [h.layer for h in draw[0].heads] == [2] and draw[0].heads[0] != ORDER[0]
         # five key heads: the four of layer 2, where nothing else is left, and 3.1
         assert [h.layer for h in draw[1].heads] == [2, 2, 2, 2, 3] and draw[1].heads[4] != ORDER[4]
-
-
-def test_same_layer_takes_key_heads_only_where_nothing_else_is_left():
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        drawn = set(_same_layers(ORDER, 3, random).heads)
-        assert Head(2, 2) in drawn and len(drawn) == 3 and {h.layer for h in drawn} == {2}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ LAYERS = [
     ("discovery", "tuning", "analysis", "evaluation"),
     ("engine",),
     ("models", "ops", "tasks"),
-    ("result", "ablation_result"),
+    ("result", "ablation_result", "boundary"),
     ("prompts", "plots", "stats", "rows"),
     ("types",),
     ("errors",),
@@ -30,7 +30,7 @@ LAYERS = [
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 ONLY = {"tasks": {"tasks", "prompts", "types", "errors"}}
 # numpy only, before a function is called
-LIGHT = ("result", "ablation_result", "prompts", "plots", "stats", "rows", "types", "errors")
+LIGHT = ("result", "ablation_result", "boundary", "prompts", "plots", "stats", "rows", "types", "errors")
 
 
 class Import(NamedTuple):

@@ -14,7 +14,6 @@ import pyarith as pa
 from pyarith.errors import InputError, InputTypeError, NotAvailableError
 from pyarith.evaluation import HeadList, Items, TransferResult, accuracy, load_heads, named_task, save_heads, transfer
 from pyarith.evaluation.tasks import clusters_of
-from pyarith.evaluation.transfer import _random, _same_layers
 from pyarith.evaluation.transfer_cells import relative, relative_correct
 from pyarith.types import Head
 
@@ -92,18 +91,6 @@ def test_relative_drops():
     right = np.array([True, False, False, False, True, False])
     assert relative(right, intact) == -0.5 and relative_correct(right, intact) == -0.75
     assert math.isnan(relative(right, intact & False)) and math.isnan(relative_correct(right, intact & False))
-
-
-def test_controls_are_what_they_are_called():
-    every = [Head(layer, head) for layer in range(3) for head in range(4)]
-    rng = np.random.default_rng(0)
-    key = [Head(1, 0), Head(1, 1), Head(1, 2), Head(2, 3)]
-    for _ in range(30):
-        drawn = _same_layers(key, every, rng)
-        assert sorted(head.layer for head in drawn) == [1, 1, 1, 2] and len(set(drawn)) == 4
-        assert Head(1, 3) in drawn and Head(2, 3) not in drawn  # layer 1 has one other head only
-    firsts = {tuple(_random(key, every, rng)) for _ in range(30)}
-    assert len(firsts) > 25 and all(len(set(drawn)) == 4 for drawn in firsts)
 
 
 def test_clusters_have_five_values_or_are_left_out(tasks):

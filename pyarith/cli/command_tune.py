@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -234,10 +235,8 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
     """Options as settings: grad_scale may be a number, max_grad_norm 0 means none."""
     changed = dict(given)
     if "grad_scale" in changed:
-        try:
+        with suppress(ValueError):  # "heads" stays as it is; other texts are refused by the settings
             changed["grad_scale"] = float(changed["grad_scale"])
-        except ValueError:
-            pass  # "heads", or a text that the settings refuse
     if changed.get("max_grad_norm") == 0:
         changed["max_grad_norm"] = None
     return changed

@@ -151,7 +151,7 @@ def _attempt(what: str, load: Callable[..., Any], where: str, hint: str, options
     """``load(where, **options)``; what third-party code raises about a checkpoint becomes one kind of error."""
     try:
         return load(where, **options)
-    except Exception as error:
+    except Exception as error:  # which classes they raise differs by library and release
         text = " ".join(str(error).split())
         custom = "trust_remote_code" in text
         message = f"{what}: {text or type(error).__name__}"

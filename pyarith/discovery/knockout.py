@@ -16,7 +16,7 @@ from pyarith.errors import InputError, InputTypeError, check
 from pyarith.models.sites import resolve
 from pyarith.prompts import PromptPairs
 from pyarith.result import PatchResult
-from pyarith.stats import CircuitAreas, circuit_areas, faithfulness
+from pyarith.stats import CircuitAreas, circuit_areas, faithfulness, random_heads, same_layer_heads
 from pyarith.types import Head
 
 Array = NDArray[Any]
@@ -276,32 +276,20 @@ def _sets(
     """The sets of every arm. A draw is one order of heads, so that its sets grow with k."""
     orders: dict[str, list[Sequence[Head]]] = {"key": [order]}
     if "random" in controls:
-        orders["random"] = [[order[i] for i in random.permutation(len(order))] for _ in range(draws)]
+        orders["random"] = [random_heads(len(order), order, random) for _ in range(draws)]
     if "bottom" in controls:
         orders["bottom"] = [order[::-1]]
     sets: dict[str, Sets] = {
         name: tuple(tuple(Ablation.parse(list(one[:k])) for k in ks) for one in some) for name, some in orders.items()
     }
     if "same_layer" in controls:
-        sets["same_layer"] = tuple(tuple(_same_layers(order, int(k), random) for k in ks) for _ in range(draws))
+        sets["same_layer"] = tuple(
+            tuple(Ablation.parse(same_layer_heads(order[:k], order, random)) for k in ks) for _ in range(draws)
+        )
     if keep:
         # with all heads kept nothing is ablated; that point is the intact model and needs no run
         sets["kept"] = (tuple(Ablation.parse(list(order[k:])) if k < len(order) else Ablation() for k in ks),)
     return sets
-
-
-def _same_layers(order: tuple[Head, ...], k: int, random: np.random.Generator) -> Ablation:
-    """As many random heads in each layer as the top k has there; key heads only where a layer has too few others."""
-    key = order[:k]
-    drawn: list[Head] = []
-    for layer in sorted({head.layer for head in key}):
-        wanted = sum(head.layer == layer for head in key)
-        others = [head for head in order[k:] if head.layer == layer]
-        own = [head for head in key if head.layer == layer]
-        picked = [others[i] for i in random.permutation(len(others))[:wanted]]
-        picked += [own[i] for i in random.permutation(len(own))[: wanted - len(picked)]]
-        drawn += picked
-    return Ablation.parse(drawn)
 
 
 def _arm(name: str, sets: Sets, sweep: AblationSweep, answers: Array) -> Arm:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyarith.boundary import encode_pairs
 from pyarith.engine.guard import untouched
 from pyarith.errors import InputError, check
 from pyarith.evaluation.score import Accuracy, accuracy
 from pyarith.evaluation.tasks import Task, as_tasks, clusters_of
 from pyarith.models.sites import resolve
-from pyarith.prompts import SPACES, Aligner, PromptPairs
+from pyarith.prompts import Aligner, PromptPairs
 from pyarith.stats import Clusters, accuracy_difference, benjamini_hochberg, bootstrap_mean, mcnemar
 
 
@@ -181,7 +182,10 @@ def answer_probability(model: Any, tokenizer: Any, items: Task, *, batch_size: i
         prompts = [row[:length].tolist() for row, length in zip(items.clean, items.lengths, strict=True)]
         answers = [[int(answer)] for answer in items.answers]
     else:
-        prompts, answers = _boundaries(Aligner(tokenizer), items.prompts, items.answers)
+        pairs = dict(enumerate(zip(items.prompts, items.answers, strict=True)))
+        _, encoded = encode_pairs(pairs, Aligner(tokenizer))
+        prompts = [ids for ids, _ in encoded.values()]
+        answers = [whole[len(ids) :] if whole[: len(ids)] == ids else [] for ids, whole in encoded.values()]
     out = np.full(len(prompts), np.nan)
     usable = [i for i, answer in enumerate(answers) if answer]
     usable.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
@@ -190,21 +194,6 @@ def answer_probability(model: Any, tokenizer: Any, items: Task, *, batch_size: i
             chosen = usable[at : at + batch_size]
             out[chosen] = _log_probability(model, [prompts[i] for i in chosen], [answers[i] for i in chosen]).exp()
     return out
-
-
-def _boundaries(
-    aligner: Aligner, prompts: tuple[str, ...], answers: tuple[str, ...]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of each prompt and of its answer behind it, under the side of the space that suits most; [] if joined."""
-    best: tuple[int, list[list[int]], list[list[int]]] = (-1, [], [])
-    for tail, lead in SPACES.values():
-        short = aligner.encode([prompt.rstrip() + tail for prompt in prompts])
-        full = aligner.encode([p.rstrip() + tail + lead + a for p, a in zip(prompts, answers, strict=True)])
-        ends = [long[len(ids) :] if long[: len(ids)] == ids else [] for ids, long in zip(short, full, strict=True)]
-        fits = sum(map(bool, ends))
-        if fits > best[0]:
-            best = (fits, short, ends)
-    return best[1], best[2]
 
 
 def _log_probability(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from pyarith.evaluation.transfer_cells import make_cell
 from pyarith.evaluation.transfer_result import TransferResult
 from pyarith.evaluation.transfer_runs import TaskRun, Way
 from pyarith.models.sites import ModelSites, resolve
+from pyarith.stats import random_heads, same_layer_heads
 from pyarith.types import Head
 
 CONTROLS = ("random", "same_layer")
@@ -152,22 +153,9 @@ def _sets(
     for number, name in enumerate(CONTROLS):
         if name in controls:
             rng = np.random.default_rng([seed, number])
-            pick = _random if name == "random" else _same_layers
-            sets[name] = tuple(Ablation.parse(pick(one.heads, every, rng)) for _ in range(draws))
+            if name == "random":
+                drawn = [random_heads(len(one.heads), every, rng) for _ in range(draws)]
+            else:
+                drawn = [same_layer_heads(one.heads, every, rng) for _ in range(draws)]
+            sets[name] = tuple(map(Ablation.parse, drawn))
     return sets
-
-
-def _random(heads: Sequence[Head], every: list[Head], rng: np.random.Generator) -> list[Head]:
-    """As many heads of the whole model; by chance some of the list may be among them."""
-    return [every[i] for i in rng.permutation(len(every))[: len(heads)]]
-
-
-def _same_layers(heads: Sequence[Head], every: list[Head], rng: np.random.Generator) -> list[Head]:
-    """As many other heads in each layer; heads of the list only where a layer has too few others."""
-    drawn: list[Head] = []
-    for layer in sorted({head.layer for head in heads}):
-        own = [head for head in heads if head.layer == layer]
-        others = [head for head in every if head.layer == layer and head not in own]
-        picked = [others[i] for i in rng.permutation(len(others))[: len(own)]]
-        drawn += picked + [own[i] for i in rng.permutation(len(own))[: len(own) - len(picked)]]
-    return drawn

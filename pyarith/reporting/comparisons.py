@@ -16,7 +16,7 @@ from pyarith.evaluation.generate import first_choices
 from pyarith.evaluation.tasks import named_task
 from pyarith.models.sites import resolve
 from pyarith.prompts import PromptPairs
-from pyarith.tuning.arms import Arm, full_arm, head_arm, lora_arm, mask_arm, random_heads, same_layer_heads
+from pyarith.tuning.arms import Arm, full_arm, head_arm, lora_arm, mask_arm, random_control, same_layer_control
 from pyarith.tuning.compare import ArmSummary, Comparison, Point, pack, unpack
 from pyarith.tuning.data import Examples, load_examples
 from pyarith.tuning.selective import SelectiveTuner
@@ -119,8 +119,8 @@ def usual_arms(model: Any, ranking: Sequence[Head], k: int, names: Sequence[str]
         size = tuner.n_parameters
     made = {
         "key heads": head_arm("key heads", lambda seed: top),
-        "same layers": head_arm("same layers", same_layer_heads(sites, top)),
-        "random heads": head_arm("random heads", random_heads(sites, k)),
+        "same layers": head_arm("same layers", same_layer_control(sites, top)),
+        "random heads": head_arm("random heads", random_control(sites, k)),
         "bottom heads": head_arm("bottom heads", lambda seed: bottom),
         "random mask": mask_arm("random mask", size),
         "LoRA": lora_arm("LoRA", size),

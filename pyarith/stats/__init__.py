@@ -12,6 +12,7 @@ from pyarith.stats.advice import (
 from pyarith.stats.bootstrap import Interval, bootstrap_mean
 from pyarith.stats.clusters import Clusters
 from pyarith.stats.confidence import Confidence, SenderConfidence, confidence
+from pyarith.stats.controls import random_heads, same_layer_heads
 from pyarith.stats.curves import CircuitAreas, circuit_areas, faithfulness
 from pyarith.stats.families import HeadTypes, head_types
 from pyarith.stats.overlap import Overlap, expected_jaccard, jaccard, overlap
@@ -65,7 +66,9 @@ __all__ = [
     "prompts_for_rank",
     "prompts_for_threshold",
     "prompts_needed",
+    "random_heads",
     "rank_correlation",
+    "same_layer_heads",
     "select_report",
     "sign_flip",
     "spearman",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyarith.errors import NotAvailableError, check
 from pyarith.models.sites import ModelSites, resolve
+from pyarith.stats import random_heads, same_layer_heads
 from pyarith.tuning.loop import Trainee
 from pyarith.tuning.selective import SelectiveTuner
 from pyarith.tuning.settings import TuneSettings
@@ -83,26 +84,21 @@ def head_arm(name: str, choose: Callable[[int], Iterable[Head]], mlps: Iterable[
     return Arm(name, attach)
 
 
-def random_heads(sites: ModelSites, n: int) -> Callable[[int], list[Head]]:
+def random_control(sites: ModelSites, n: int) -> Callable[[int], list[Head]]:
     """``n`` heads of the whole model, others for every seed."""
-    every = [Head(layer, head) for layer in range(sites.n_layers) for head in range(sites.n_heads)]
+    every = _every_head(sites)
     check(1 <= n <= len(every), f"n: expected 1 to {len(every)} heads, got {n}")
-    return lambda seed: [every[i] for i in np.random.default_rng([seed, 1]).permutation(len(every))[:n]]
+    return lambda seed: random_heads(n, every, np.random.default_rng([seed, 1]))
 
 
-def same_layer_heads(sites: ModelSites, heads: Sequence[Head]) -> Callable[[int], list[Head]]:
-    """As many other heads in each layer as ``heads`` has there; its own only where a layer has too few others."""
+def same_layer_control(sites: ModelSites, heads: Sequence[Head]) -> Callable[[int], list[Head]]:
+    """Other heads of the same layers, others for every seed."""
+    every = _every_head(sites)
+    return lambda seed: same_layer_heads(heads, every, np.random.default_rng([seed, 2]))
 
-    def choose(seed: int) -> list[Head]:
-        rng, found = np.random.default_rng([seed, 2]), []
-        for layer in sorted({head.layer for head in heads}):
-            own = [head for head in heads if head.layer == layer]
-            others = [Head(layer, h) for h in range(sites.n_heads) if Head(layer, h) not in own]
-            picked = [others[i] for i in rng.permutation(len(others))[: len(own)]]
-            found += picked + own[: len(own) - len(picked)]
-        return found
 
-    return choose
+def _every_head(sites: ModelSites) -> list[Head]:
+    return [Head(layer, head) for layer in range(sites.n_layers) for head in range(sites.n_heads)]
 
 
 def mask_arm(name: str, n: int) -> Arm:

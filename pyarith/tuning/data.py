@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pyarith import tasks
+from pyarith.boundary import encode_pairs
 from pyarith.errors import InputTypeError, check
 from pyarith.prompts import SPACES, Aligner, PromptPairs
 from pyarith.rows import KNOWN, ON_BAD, SHOWN, Layout, choose_layout, columns_of, more, read_rows, report_bad, slots
@@ -283,7 +284,7 @@ def _of_text(
     end, unknown = aligner.tokenizer.eos_token_id, aligner.tokenizer.unk_token_id
     check(not eos or end is not None, "eos: expected a tokenizer with an end-of-text token, this one has none")
     eos = end is not None if eos is None else eos
-    side, rows = _encoded(texts, aligner, space)
+    side, rows = encode_pairs(texts, aligner, space)
     for number, (short, full) in rows.items():
         if not short or full[: len(short)] != short:
             made.refuse("boundary" if short else "empty_prompt", number)
@@ -315,45 +316,6 @@ def _texts(row: Any, needed: list[str], column: str) -> tuple[dict[str, str], st
         if not isinstance(row[slot], str | int | float) or isinstance(row[slot], bool):
             return "not_text"
     return {slot: str(row[slot]) for slot in needed}, str(row[column])
-
-
-def _encoded(
-    texts: dict[int, tuple[str, str]], aligner: Aligner, space: str | None
-) -> tuple[str, dict[int, tuple[list[int], list[int]]]]:
-    """(side of the space, row -> ids of the prompt and of the whole)."""
-    best: tuple[int, str, dict[int, tuple[list[int], list[int]]]] = (-1, "", {})
-    for side in tuple(SPACES) if space is None else (space,):
-        joined = {number: _joined(*pair, side) for number, pair in texts.items()}
-        # without what some tokenizers put at the end by themselves
-        tail = _appended(aligner)
-        short, full = (
-            [ids[: len(ids) - tail] for ids in aligner.encode([pair[part] for pair in joined.values()])]
-            for part in (0, 1)
-        )
-        rows = dict(zip(joined, zip(short, full, strict=True), strict=True))
-        fitting = sum(b[: len(a)] == a for a, b in rows.values())
-        if fitting > best[0]:
-            best = (fitting, side, rows)
-        if fitting == len(texts):
-            break
-    return best[1], best[2]
-
-
-def _joined(prompt: str, completion: str, side: str) -> tuple[str, str]:
-    """(prompt, whole text) with one space where they meet, unless there is other white space."""
-    if side == "none":
-        return prompt, prompt + completion
-    prompt, completion = prompt.rstrip(" "), completion.lstrip(" ")
-    if prompt[-1:].isspace() or completion[:1].isspace():
-        return prompt, prompt + completion
-    tail, lead = SPACES[side]
-    return prompt + tail, prompt + tail + lead + completion
-
-
-def _appended(aligner: Aligner) -> int:
-    """How many end-of-text tokens the tokenizer puts behind every text by itself."""
-    end = aligner.tokenizer.eos_token_id
-    return int(end is not None and aligner.encode(["a"])[0][-1:] == [end])
 
 
 def _of_chat(table: list[Any], tokenizer: Any, made: _Made) -> None:
