@@ -229,6 +229,15 @@ def test_unknown_arms_and_too_many_heads_are_refused(demo, names, k, message):
         comparisons.usual_arms(demo[0], ranking, k, names)
 
 
+def test_without_peft_lora_is_refused_before_anything_trains(monkeypatch, demo):
+    monkeypatch.setattr(made, "find_spec", lambda name: None)
+    ranking = [Head(layer, head) for layer in range(6) for head in range(8)]
+    with pytest.raises(pa.errors.NotAvailableError, match="LoRA: needs peft, which is not installed"):
+        comparisons.usual_arms(demo[0], ranking, 4)
+    arms, _ = comparisons.usual_arms(demo[0], ranking, 4, ["key heads", "full"])
+    assert [arm.name for arm in arms] == ["key heads", "full"]
+
+
 def test_controls_are_drawn_anew_for_every_seed():
     sites = resolve(tiny_models.make("llama"))
     heads = [Head(0, 1), Head(2, 0)]

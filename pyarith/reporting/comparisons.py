@@ -117,17 +117,18 @@ def usual_arms(model: Any, ranking: Sequence[Head], k: int, names: Sequence[str]
     sites, top, bottom = resolve(model), list(ranking[:k]), list(ranking[-k:])
     with SelectiveTuner(model, top) as tuner:
         size = tuner.n_parameters
-    made = {
-        "key heads": head_arm("key heads", lambda seed: top),
-        "same layers": head_arm("same layers", same_layer_control(sites, top)),
-        "random heads": head_arm("random heads", random_control(sites, k)),
-        "bottom heads": head_arm("bottom heads", lambda seed: bottom),
-        "random mask": mask_arm("random mask", size),
-        "LoRA": lora_arm("LoRA", size),
-        "early LoRA": lora_arm("early LoRA", size, range(max(1, sites.n_layers // 3))),
-        "full": full_arm("full"),
+    early = range(max(1, sites.n_layers // 3))
+    made: dict[str, Callable[[], Arm]] = {  # an arm may need a package that is not there
+        "key heads": lambda: head_arm("key heads", lambda seed: top),
+        "same layers": lambda: head_arm("same layers", same_layer_control(sites, top)),
+        "random heads": lambda: head_arm("random heads", random_control(sites, k)),
+        "bottom heads": lambda: head_arm("bottom heads", lambda seed: bottom),
+        "random mask": lambda: mask_arm("random mask", size),
+        "LoRA": lambda: lora_arm("LoRA", size),
+        "early LoRA": lambda: lora_arm("early LoRA", size, early),
+        "full": lambda: full_arm("full"),
     }
-    return [made[name] for name in names], size
+    return [made[name]() for name in names], size
 
 
 def usual_retention(tokenizer: Any, sign: str) -> list[str]:

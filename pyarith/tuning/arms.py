@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -189,17 +190,18 @@ class _Masked:
 def lora_arm(name: str, n: int, layers: Sequence[int] | None = None) -> Arm:
     """LoRA (peft) on q, k, v, o of all or some layers, of the rank whose size is nearest to ``n`` parameters.
 
-    Raises (when attached):
-        NotAvailableError: peft is not installed.
+    Raises:
+        NotAvailableError: peft is not installed; at once, not after other arms have trained.
     References: Hu et al. 2021, arXiv:2106.09685; early layers: Yu and Ananiadou 2024, arXiv:2409.14144.
     """
 
+    if find_spec("peft") is None:
+        raise NotAvailableError(f"{name}: needs peft, which is not installed: pip install '.[tune]', or leave it out")
+
     @contextmanager
     def attach(model: Any, settings: TuneSettings, rate: float, seed: int) -> Iterator[Attached]:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise NotAvailableError("lora: peft is not installed; pip install 'pyarith[tune]'") from error
+        from peft import LoraConfig, get_peft_model
+
         sites = resolve(model)
         targets = _lora_targets(sites, range(sites.n_layers) if layers is None else layers)
         rank = max(1, round(n / sum(sum(weight.shape) for weight in targets.values())))
