@@ -23,9 +23,10 @@ STAGES = {
     for stage in (
         Stage("build", "build pyarith for this device", 180, 180, checks=True),
         Stage("kernels", "check every kernel against fp64", 150, 40, checks=True),
-        Stage("engine", "check fast_patch against literal hooks", 90, 40, checks=True),
+        Stage("engine", "check fast_patch against literal hooks, tuning against full gradients", 100, 40, checks=True),
         Stage("ceilings", "copy bandwidth and GEMM rate of this device", 30, 20),
         Stage("ops", "time the kernels at the replay sizes of a 7B model", 90, 40),
+        Stage("tuning", "time Precise SFT at LLaMA2-7B shape", 90, 80),
         Stage("fast_patch", "time fast_patch at LLaMA2-7B shape", 150, 100),
         Stage("more", "a Llama-3-8B shape, block sizes", 120, 100),
     )

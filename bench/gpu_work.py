@@ -133,8 +133,10 @@ def cases(bench: Bench, quick: bool) -> list[Case]:
     import gpu_engine
     import gpu_engine_checks
     import gpu_ops
+    import gpu_tuning
 
-    planned = [*gpu_checks.cases(bench), *gpu_engine_checks.cases(bench), *gpu_ops.cases(bench), *gpu_engine.cases()]
+    planned = [*gpu_checks.cases(bench), *gpu_engine_checks.cases(bench), gpu_tuning.check_case()]
+    planned += [*gpu_ops.cases(bench), *gpu_tuning.cases(), *gpu_engine.cases()]
     return [case for case in planned if not quick or case.stage in QUICK]
 
 

@@ -6,14 +6,10 @@ device or ask it for a value, and its memory must be what the planner said.
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from hollow import SHAPES, Recorded, hollow
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyarith.engine import planner as planning
 from pyarith.engine.batch import Batch
@@ -22,70 +18,8 @@ from pyarith.engine.planner import Plan, Planner
 from pyarith.engine.replay import Replay
 from pyarith.models.sites import resolve
 
-SHAPES = {
-    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "llama3-8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
-}
 # ops that copy a value to the host or whose result's shape depends on values: each waits for the device
 WAITS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
-
-
-@dataclass
-class Recorded(TorchDispatchMode):
-    """Names of all ops, and the high-water mark of bytes that were allocated meanwhile and are still alive."""
-
-    names: list[str] = field(default_factory=list)
-    alive: int = 0
-    peak: int = 0
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func).split(".")[1])
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
-def hollow(name: str):
-    """A random-weight model of that shape whose parameters have no data (inside a FakeTensorMode)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[name])).eval()
-    for module in model.modules():
-        for key, value in module._parameters.items():
-            if value is not None:
-                empty = torch.empty(value.shape, dtype=torch.bfloat16)
-                module._parameters[key] = torch.nn.Parameter(empty, requires_grad=False)
-        for key, value in module._buffers.items():
-            module._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
-    return model
 
 
 def batch_of(prompts: int, length: int = 16) -> Batch:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_rehearsal_runs_every_stage_and_needs_no_optional_package(tmp_path):
             "check slice_grad",
             "check masked_adamw",
         },
-        "engine": {"check fast_patch"},
+        "engine": {"check fast_patch", "check tuning"},
         "ceilings": {"copy", "gemm up", "gemm down", "gemm square"},
         "ops": {
             "add_norm",
@@ -104,6 +105,7 @@ def test_rehearsal_runs_every_stage_and_needs_no_optional_package(tmp_path):
             "masked_adamw",
             "gate_up",
         },
+        "tuning": {"tuning llama2-7b", "tuning llama2-7b, memory", "tuning llama2-7b, update"},
         "fast_patch": {"llama2-7b, 16 tokens", "llama2-7b, 64 tokens"},
         "more": {"llama3-8b, 16 tokens"},
     }
@@ -354,3 +356,48 @@ def test_heads_in_the_wrong_place_are_not_timed(bench, monkeypatch):
     assert _run(bench, case) and bench.outcomes[case.name].status == "FAILED"
     assert "no passed check" in bench.outcomes[case.name].reason
     assert not bench.path.exists()
+
+
+def one_row_off(left, right, out, left_ranges=None, right_ranges=None):
+    """A gradient whose rows belong to the next weights."""
+    from pyarith import ops
+
+    moved = left_ranges and tuple((start - 1, stop - 1) if start else (start, stop) for start, stop in left_ranges)
+    return ops.slice_grad(left, right, out, moved, right_ranges)
+
+
+def test_wrong_gradients_of_slices_are_seen(bench, monkeypatch):
+    import gpu_tuning
+
+    from pyarith.tuning import linear
+
+    monkeypatch.setattr(linear, "ops", SimpleNamespace(slice_grad=one_row_off))
+    with pytest.raises(ValueError, match="gradients of slices in fp32 has no passed check"):
+        gpu_tuning.check(bench)
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [("decay", "updates of slices has no passed"), ("frozen", "neither as before")]
+)
+def test_wrong_updates_are_seen(wrong, message, bench, monkeypatch):
+    import gpu_tuning
+
+    from pyarith.tuning.optimizer import SliceAdamW
+
+    right = SliceAdamW.step
+
+    def step(self, closure=None):
+        right(self, closure)
+        model = self._tuner.model
+        if wrong == "frozen":
+            model.lm_head.weight.data[0, 0] += 1
+            return
+        with torch.no_grad():
+            for value in self._tuner.parameters():
+                value.mul_(0.9999)
+        self._tuner.sync()
+
+    monkeypatch.setattr(SliceAdamW, "step", step)
+    with pytest.raises(ValueError, match=message):
+        gpu_tuning.check(bench)
+    assert not any(row["provider"] == "updates" for row in rows(bench.path))

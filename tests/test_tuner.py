@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_whole_model_at_the_chosen_entries(name, kv):
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_the_tuners_loss_is_the_models_own(name, monkeypatch):
-    monkeypatch.setitem(tuning_loss._CHUNK_BYTES, "cpu", 7 * 8 * tiny_models.VOCAB)  # several blocks, the last ragged
+    monkeypatch.setattr(tuning_loss, "_CHUNK_BYTES", 7 * 8 * tiny_models.VOCAB)  # several blocks, the last ragged
     monkeypatch.setattr(tuning_loss, "max", lambda _, rows: rows, raising=False)
     model, data = tiny_models.make(name), batch()
     with pa.SelectiveTuner(model, HEADS, mlps=[2]) as tuner, true_fp64():

@@ -11,8 +11,7 @@ from pyarith.errors import UnsupportedModelError, check
 from pyarith.models.sites import ModelSites
 
 IGNORED = -100  # labels that do not count, as in transformers
-_CHUNK_BYTES = {"cpu": 128 << 20}  # of the logits held at once: each block reads the whole unembedding twice
-_CHUNK_ELSEWHERE = 512 << 20
+_CHUNK_BYTES = 128 << 20  # of the logits held at once: each block reads the whole unembedding twice
 
 
 def label_loss(sites: ModelSites, labels: Tensor, *, reduction: str = "mean", **inputs: Any) -> Tensor:
@@ -59,8 +58,7 @@ class _VocabLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, scale: float, wide: torch.dtype
     ) -> Tensor:
-        limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_ELSEWHERE)
-        rows = max(16, limit // (weight.shape[0] * wide.itemsize))
+        rows = max(16, _CHUNK_BYTES // (weight.shape[0] * wide.itemsize))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         buffer = hidden.new_empty(min(rows, len(hidden)), weight.shape[0])
