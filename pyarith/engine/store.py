@@ -77,7 +77,7 @@ class Store:
             content = (self.folder / (name + _SUFFIX)).read_bytes()
         except FileNotFoundError:
             return None
-        return _unpacked(content, name)
+        return unpack(content, name)
 
     def put(self, what: tuple[Any, ...], arrays: Mapping[str, Array], record: Mapping[str, Any] | None = None) -> None:
         """Keep a part.
@@ -88,19 +88,31 @@ class Store:
         if self.folder is None:
             return
         name = digest([self._base, what])
-        content = _packed(arrays, record or {}, name)
+        content = pack(arrays, record or {}, name)
+        for last in (False, True):
+            try:
+                self._write(content, name)
+                return
+            except FileNotFoundError as error:
+                if last:  # once may be another process that is done with the folder, and threw it away
+                    raise StorageError(f"resume: cannot keep a part in {self.folder}: {error}") from error
+            except OSError as error:
+                raise StorageError(f"resume: cannot keep a part in {self.folder}: {error}") from error
+
+    def _write(self, content: bytes, name: str) -> None:
+        assert self.folder is not None
         partial = self.folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             self._place(partial, name)
-        except OSError as error:
+        except OSError:
             with suppress(OSError):  # the first error is the one to tell
                 partial.unlink(missing_ok=True)
-            raise StorageError(f"resume: cannot keep a part in {self.folder}: {error}") from error
+            raise
 
     def _place(self, partial: Path, name: str) -> None:
         assert self.folder is not None
@@ -137,7 +149,8 @@ def _of_array(value: Any) -> Any:
     return ["array", kind, shape, hashlib.sha256(content.data).hexdigest()]
 
 
-def _packed(arrays: Mapping[str, Array], record: Mapping[str, Any], name: str) -> bytes:
+def pack(arrays: Mapping[str, Array], record: Mapping[str, Any], name: str) -> bytes:
+    """A part as bytes, with the hash of the rest in front."""
     from safetensors.numpy import save
 
     tensors = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
@@ -145,7 +158,8 @@ def _packed(arrays: Mapping[str, Array], record: Mapping[str, Any], name: str) -
     return _MAGIC + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
 
 
-def _unpacked(content: bytes, name: str) -> Part | None:
+def unpack(content: bytes, name: str) -> Part | None:
+    """What ``pack`` took, None where it is not whole or of another name."""
     from safetensors.numpy import load
 
     stated, _, rest = content.removeprefix(_MAGIC).partition(b"\n")

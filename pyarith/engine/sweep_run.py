@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from pyarith.engine import oracle
 from pyarith.engine.clock import mark, seconds
 from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.planner import free_bytes
+from pyarith.engine.plans import Plans, stored
 from pyarith.engine.replay import Replay
 from pyarith.engine.sweep_collect import Collector, Options, Prompts
 from pyarith.engine.sweep_end import SharedPrefix, shared_prefix
@@ -32,7 +32,7 @@ def run(
     replay = Replay(sites, options.backend, heads=True, mlps=False, frozen=False, log_probs=False)
     oracle.attach(sites, replay, prompts.batch())
     planner = SweepPlanner(sites, replay, prompts.lengths, sets, options.end)
-    plans = _Plans(planner, options)
+    plans = _plans(planner, options)
     collector = Collector(sites, replay, prompts, len(sets), options)
     timings = {"clean": 0.0, "ablated": 0.0}
     order = prompts.lengths.argsort(stable=True)  # prompts of similar length side by side
@@ -72,30 +72,12 @@ def run(
     return collector.arrays, verified, record
 
 
-class _Plans:
-    """Block sizes from a prompt on: one plan, and a smaller one from each place where memory ran out.
-
-    They are kept with the parts: a run that goes on takes the same blocks, whatever memory is free by then, as long as
-    they fit into it. (Bits depend on the blocks.)
-    """
-
-    def __init__(self, planner: SweepPlanner, options: Options) -> None:
-        self._parts, self._key = options.parts, ("plans", options.memory_budget)
-        found = self._parts.get(*self._key)
-        self._all = [(done, SweepPlan(*sizes)) for done, sizes in found.record["plans"]] if found else []
-        limit = free_bytes(planner.sites.device) if options.memory_budget is None else options.memory_budget
-        if not self._all or planner.bytes(self._all[0][1]) > limit:
-            self._all = []
-            self.change(0, planner.plan(options.memory_budget))
-
-    def at(self, done: int) -> SweepPlan:
-        """The plan of the block that starts with prompt ``done`` of the order."""
-        return next(plan for start, plan in reversed(self._all) if start <= done)
-
-    def change(self, done: int, plan: SweepPlan) -> None:
-        """Another plan from ``done`` on."""
-        self._all = [*(one for one in self._all if one[0] < done), (done, plan)]
-        self._parts.put(self._key, {}, {"plans": [(start, astuple(one)) for start, one in self._all]})
+def _plans(planner: SweepPlanner, options: Options) -> Plans[SweepPlan]:
+    """The plans of an interrupted run where its blocks still fit, else one for what is free."""
+    key = ("plans", options.memory_budget)
+    limit = free_bytes(planner.sites.device) if options.memory_budget is None else options.memory_budget
+    found = stored(options.parts, key, lambda sizes: planner.bytes(SweepPlan(*sizes)) <= limit)
+    return Plans(options.parts, key, SweepPlan, found, lambda: planner.plan(options.memory_budget))
 
 
 def _block(
