@@ -94,6 +94,36 @@ def fast_patch(
 
     References: Zhang et al. 2024, arXiv:2409.01659, sec. 3; Wang et al. 2022, arXiv:2211.00593, sec. 3.1.
     """
+    return patch(
+        model,
+        _batches(clean, corrupted, answers, attention_mask, corrupted_attention_mask, foils),
+        senders=senders,
+        mlps=mlps,
+        log_probs=log_probs,
+        memory_budget=memory_budget,
+        backend=backend,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def patch(
+    model: Any,
+    batches: Iterable[dict[str, Any]],
+    *,
+    senders: Iterable[str] = _SENDERS,
+    mlps: str = "recomputed",
+    log_probs: bool = False,
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    verify: int = 2,
+    progress: bool | Callable[[int, int], None] | None = None,
+    chosen: tuple[tuple[int, ...], ...] | None = None,
+) -> PatchResult:
+    """``fast_patch`` on batches of ``make_batch`` arguments; of the heads only the ``chosen`` of each layer, if given.
+
+    Heads that are not chosen are NaN, as is the identity row of a layer without chosen heads.
+    """
     wanted = _senders(senders)
     check(mlps in _MLPS, f"mlps: expected one of {sorted(_MLPS)}, got {mlps!r}")
     check(
@@ -106,18 +136,16 @@ def fast_patch(
         InputTypeError,
     )
     budget = parse_bytes(memory_budget)
-    sites = resolve(model)
+    sites = resolve(model, streams=True)
     backends = _backends(sites, backend)
-    tensors = (corrupted, answers, attention_mask, corrupted_attention_mask, foils)
-    batches = list(_batches(clean, *tensors))
-    check(len(batches) > 0, "clean: expected at least one batch, got an empty iterable")
-    checked = [make_batch(sites, **batch) for batch in batches]
+    checked = [make_batch(sites, **batch) for batch in list(batches)]
+    check(len(checked) > 0, "clean: expected at least one batch, got an empty iterable")
     results = []
     bar = _Progress(progress, sum(map(len, checked)))
     with guard.untouched(model), bar:
         for batch in checked:
             options = Options(
-                heads="heads" in wanted,
+                heads="heads" in wanted if chosen is None else chosen,
                 mlps="mlps" in wanted,
                 frozen=mlps == "frozen",
                 log_probs=log_probs,

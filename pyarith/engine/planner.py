@@ -189,11 +189,7 @@ class Planner:
         """FLOP of the matrix products, peak bytes, and seconds at the measured GEMM rate."""
         layers = self.sites.n_layers
         tokens = self.prefix + int(self.pair.sum())
-        alive, rows = 0, 0
-        for entry in self.replay.entries[:layers]:
-            alive = entry.stop if entry else alive
-            rows += alive
-        replayed = 0.0 if self.replay.frozen else 2.0 * self._mlp_params * rows * self.n
+        replayed = 0.0 if self.replay.frozen else 2.0 * self._mlp_params * self.replay.n_rows * self.n
         return Forecast(
             capture_flop=2.0 * (self._block_params * layers - self._mlp_params) * tokens,
             replay_flop=replayed,

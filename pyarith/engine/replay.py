@@ -25,6 +25,9 @@ from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import head_outputs, read_mlp
 
+# True = all heads, False = none, or the heads of each layer in rising order
+Heads = bool | tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,11 +36,11 @@ class Entry:
     head_layer: int | None
     mlp_layer: int | None
     start: int
-    n_heads: int
+    heads: tuple[int, ...]
 
     @property
     def mlp_row(self) -> int:
-        return self.start + (self.n_heads if self.head_layer is not None else 0)
+        return self.start + len(self.heads)
 
     @property
     def identity_row(self) -> int:
@@ -48,27 +51,34 @@ class Entry:
         return self.identity_row + 1
 
 
-def entry_plan(sites: ModelSites, heads: bool, mlps: bool) -> list[Entry | None]:
+def heads_by_layer(sites: ModelSites, heads: Heads) -> tuple[tuple[int, ...], ...]:
+    """The heads that are run, layer by layer."""
+    if isinstance(heads, bool):
+        return (tuple(range(sites.n_heads)) if heads else (),) * sites.n_layers
+    return heads
+
+
+def entry_plan(sites: ModelSites, heads: tuple[tuple[int, ...], ...], mlps: bool) -> list[Entry | None]:
     """Entries 0 .. n_layers; None where nothing starts."""
     plan: list[Entry | None] = []
     start = 0
     for j in range(sites.n_layers + 1):
         head_layer = j - 1 if sites.parallel else j
-        head = head_layer if heads and 0 <= head_layer < sites.n_layers else None
+        head = head_layer if 0 <= head_layer < sites.n_layers and heads[head_layer] else None
         mlp = j - 1 if mlps and j >= 1 else None
         if head is None and mlp is None:
             plan.append(None)
             continue
-        entry = Entry(head, mlp, start, sites.n_heads)
+        entry = Entry(head, mlp, start, () if head is None else heads[head])
         plan.append(entry)
         start = entry.stop
     return plan
 
 
-def frozen_entries(sites: ModelSites, heads: bool, mlps: bool) -> list[Entry]:
+def frozen_entries(sites: ModelSites, heads: tuple[tuple[int, ...], ...], mlps: bool) -> list[Entry]:
     """With later MLPs frozen every sender starts before the final norm; one entry per layer, replayed alone."""
-    layers = range(sites.n_layers)
-    return [Entry(layer if heads else None, layer if mlps else None, 0, sites.n_heads) for layer in layers]
+    layers = [layer for layer in range(sites.n_layers) if mlps or heads[layer]]
+    return [Entry(i if heads[i] else None, i if mlps else None, 0, heads[i]) for i in layers]
 
 
 class Mlp:
@@ -126,11 +136,12 @@ class Replay:
     """The replay of one model; buffers are made once and reused for every block of prompts."""
 
     def __init__(
-        self, sites: ModelSites, backend: str, *, heads: bool, mlps: bool, frozen: bool, log_probs: bool
+        self, sites: ModelSites, backend: str, *, heads: Heads, mlps: bool, frozen: bool, log_probs: bool
     ) -> None:
         self.sites, self.backend, self.frozen, self.log_probs = sites, backend, frozen, log_probs
-        self.entries = entry_plan(sites, heads, mlps)
-        self.frozen_entries = frozen_entries(sites, heads, mlps)
+        self.heads = heads_by_layer(sites, heads)
+        self.entries = entry_plan(sites, self.heads, mlps)
+        self.frozen_entries = frozen_entries(sites, self.heads, mlps)
         self.w_o = [head_outputs(sites, block.o_proj) for block in sites.blocks] if heads else []
         self.attn_post = [self._optional_norm(block.attn_post_norm) for block in sites.blocks]
         self.mlp_norms = [Norm(sites, block.mlp_norm, backend) for block in sites.blocks]
@@ -149,8 +160,19 @@ class Replay:
     def n_variants(self) -> int:
         """Rows per prompt that are alive at once."""
         if self.frozen:
-            return self.frozen_entries[0].stop
+            return max(entry.stop for entry in self.frozen_entries)
         return max(entry.stop for entry in self.entries if entry)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows per prompt summed over what they pass: the MLPs, or with these frozen the final norm."""
+        if self.frozen:
+            return sum(entry.stop for entry in self.frozen_entries)
+        alive = rows = 0
+        for entry in self.entries[: self.sites.n_layers]:
+            alive = entry.stop if entry else alive
+            rows += alive
+        return rows
 
     @property
     def fused(self) -> bool:
@@ -229,16 +251,19 @@ class Replay:
         identity.copy_(base)
         if entry.head_layer is not None:
             layer = entry.head_layer
-            dz = captured.dz[layer].unflatten(-1, (sites.n_heads, sites.d_head))
+            dz, w_o = captured.dz[layer].unflatten(-1, (sites.n_heads, sites.d_head)), self.w_o[layer]
+            if len(entry.heads) < sites.n_heads:
+                chosen = torch.tensor(entry.heads, device=sites.device)
+                dz, w_o = dz[:, chosen], w_o[chosen]
             senders = rows[entry.start : entry.mlp_row]
             post = self.attn_post[layer]
             if post is None:
-                ops.head_write_rows(base, dz, self.w_o[layer], out=senders, backend=self.backend)
+                ops.head_write_rows(base, dz, w_o, out=senders, backend=self.backend)
             else:
                 # the norm after attention is not linear: the whole write is recomputed, for the identity row too
                 assert captured.raw is not None and captured.pre is not None
-                raw = self._buffer("raw", (sites.n_heads + 1, *base.shape), sites.row_dtype)
-                ops.head_write_rows(captured.raw[layer], dz, self.w_o[layer], out=raw[:-1], backend=self.backend)
+                raw = self._buffer("raw", (len(entry.heads) + 1, *base.shape), sites.row_dtype)
+                ops.head_write_rows(captured.raw[layer], dz, w_o, out=raw[:-1], backend=self.backend)
                 raw[-1].copy_(captured.raw[layer])
                 write = self._buffer("write", tuple(raw.shape), sites.dtype)
                 post(raw, None, None, write)

@@ -19,7 +19,7 @@ from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.oracle import Sender
 from pyarith.engine.planner import Plan, Planner
 from pyarith.engine.readout import Readout
-from pyarith.engine.replay import Replay
+from pyarith.engine.replay import Heads, Replay
 from pyarith.errors import NonFiniteError, SelfCheckError
 from pyarith.models.sites import ModelSites
 
@@ -33,7 +33,7 @@ _METRICS = ("logits", "foil_logits", "log_probs")
 class Options:
     """What a run computes; see ``fast_patch``."""
 
-    heads: bool = True
+    heads: Heads = True
     mlps: bool = True
     frozen: bool = False
     log_probs: bool = False
@@ -75,6 +75,7 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
             "prefix": length,
             "forecast": planner.forecast(plan).record(),
             "fused": replay.fused,
+            "rows": replay.n_rows * len(batch),
             "seconds": timings,
         },
     )
@@ -163,7 +164,7 @@ class _Collector:
             names = {**senders, **both} if wanted else both if metric == "log_probs" else {}
             for name, axes in names.items():
                 shape = (*axes, n, foils) if metric == "foil_logits" else (*axes, n)
-                self.arrays[f"{name}_{metric}"] = np.empty(shape, kind)
+                self.arrays[f"{name}_{metric}"] = np.full(shape, np.nan, kind)  # heads that are not run stay NaN
         self.arrays["noise_floor"] = np.zeros(layers, kind)
 
     def add(self, block: Tensor, captured: Captured, rows: Any, readout: Readout) -> None:
@@ -180,13 +181,13 @@ class _Collector:
         index = block.numpy()
         for i, name in enumerate(("clean", "corrupted")):
             self._put(name, index, own[i], own_lse[i])
-        identity = self._put_senders(index, logits, lse)
+        identity = self._put_senders(index, logits, lse, own[0, :, 0])
         drift = (identity - own[0, :, 0]).abs().amax(1).numpy()
         np.maximum(self.arrays["noise_floor"], drift, out=self.arrays["noise_floor"])
 
-    def _put_senders(self, index: Any, logits: Tensor, lse: Tensor | None) -> Tensor:
+    def _put_senders(self, index: Any, logits: Tensor, lse: Tensor | None, own: Tensor) -> Tensor:
         """Store all senders; returns the identity logits [n_layers, batch]."""
-        identity = logits.new_empty(self.sites.n_layers, logits.shape[1])
+        identity = own[None].repeat(self.sites.n_layers, 1)  # a layer without rows has no noise of its own
         replay = self.replay
         start = 0
         for entry in replay.frozen_entries if replay.frozen else replay.entries:
@@ -200,19 +201,28 @@ class _Collector:
                 row = entry.mlp_row - entry.start
                 self._put("mlp", index, part[row], None if part_lse is None else part_lse[row], entry.mlp_layer)
                 self._put("mlp_identity", index, part[-1], last, entry.mlp_layer)
-                if not self.options.heads:
+                if not replay.heads[entry.mlp_layer]:
                     identity[entry.mlp_layer] = part[-1, :, 0]
             if entry.head_layer is not None:
-                heads = slice(0, self.sites.n_heads)
-                self._put("head", index, part[heads], None if part_lse is None else part_lse[heads], entry.head_layer)
+                rows = slice(0, len(entry.heads))
+                values = part[rows], None if part_lse is None else part_lse[rows]
+                self._put("head", index, *values, entry.head_layer, entry.heads)
                 self._put("identity", index, part[-1], last, entry.head_layer)
                 identity[entry.head_layer] = part[-1, :, 0]
         return identity
 
-    def _put(self, name: str, index: Any, logits: Tensor, lse: Tensor | None, layer: int | None = None) -> None:
-        """logits [..., batch, target], lse [..., batch]."""
+    def _put(
+        self,
+        name: str,
+        index: Any,
+        logits: Tensor,
+        lse: Tensor | None,
+        layer: int | None = None,
+        heads: tuple[int, ...] = (),
+    ) -> None:
+        """logits [..., batch, target], lse [..., batch]; with ``heads`` the first axis is of these heads."""
         at = () if layer is None else (layer,)
-
+        places: Any = (np.array(heads)[:, None], index) if heads else (..., index)
         values = {"logits": logits[..., 0], "foil_logits": logits[..., 1:]}
         if lse is not None:
             values["log_probs"] = logits[..., 0] - lse
@@ -220,10 +230,8 @@ class _Collector:
             target = self.arrays.get(f"{name}_{metric}")
             if target is None:
                 continue
-            if metric == "foil_logits":
-                target[at][..., index, :] = value.numpy()
-            else:
-                target[at][..., index] = value.numpy()
+            place = (*places, slice(None)) if metric == "foil_logits" else places
+            target[at][place] = value.numpy()
 
 
 def _to_host(*tensors: Tensor) -> list[Tensor]:
