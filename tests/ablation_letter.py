@@ -7,12 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from literal_oracle import PATHS
-from tiny_models import NAMES, pad, prompts
+from literal_oracle import PATHS, rewritten, written
+from tiny_models import pad, prompts
 
 HEADS, MLPS = [(0, 1), (0, 2), (2, 0)], [1]
 SIDES = ["none", "left", "right"]
-SDPA = [name for name in NAMES if name != "gemma2"]
 Model = torch.nn.Module
 Rows = list[list[int]]
 
@@ -62,7 +61,7 @@ def letter(model: Model, heads: dict[tuple[int, int], Any], mlps: dict[int, Any]
         for layer, value in (mlps or {}).items():
 
             def on_mlp(_module: Any, _args: Any, output: Any, value: Any = value) -> Any:
-                return torch.zeros_like(output) + value
+                return rewritten(output, torch.zeros_like(written(output)) + value)
 
             stack.callback(mlp_write(model, layer).register_forward_hook(on_mlp).remove)
         yield
@@ -84,7 +83,9 @@ def seen(model: Model, tokens: list[int]) -> tuple[list[torch.Tensor], list[torc
                 lambda _, args: z.append(args[0][0].reshape(-1, n, width(model)))
             )
             stack.callback(hook.remove)
-            hook = mlp_write(model, layer).register_forward_hook(lambda _, __, output: writes.append(output[0]))
+            hook = mlp_write(model, layer).register_forward_hook(
+                lambda _, __, output: writes.append(written(output)[0])
+            )
             stack.callback(hook.remove)
         run(model, tokens)
     return z, writes

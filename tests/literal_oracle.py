@@ -24,7 +24,17 @@ PATHS = {
     "phi3": ("model.layers", "self_attn.o_proj", "mlp"),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp"),
     "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"), ("model.layers", "self_attn.o_proj", "mlp")),
 }
+
+
+def written(output: Any) -> torch.Tensor:
+    """What an MLP writes; a mixture of experts may give its routing beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def rewritten(output: Any, value: torch.Tensor) -> Any:
+    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 @dataclass
@@ -72,8 +82,8 @@ def hooked(
 
     def on_mlp(layer: int) -> Any:
         def hook(_module: Any, _args: Any, output: torch.Tensor) -> Any:
-            seen_mlp.append(output.detach().clone())
-            return mlp[layer] if mlp and layer in mlp else None
+            seen_mlp.append(written(output).detach().clone())
+            return rewritten(output, mlp[layer]) if mlp and layer in mlp else None
 
         return hook
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from literal_oracle import PATHS
+from literal_oracle import PATHS, written
 from single_thread import one_thread  # noqa: F401
 from tiny_models import make, pad, prompts
 from true_fp64 import true_fp64
@@ -51,7 +51,7 @@ def plain_run(model: Any, ids: list[int]) -> Run:
         handles += [
             projection.register_forward_pre_hook(lambda _, args: seen["z"].append(args[0][0, -1])),
             projection.register_forward_hook(lambda _, __, y: seen["attention"].append(y[0, -1])),
-            writes.register_forward_hook(lambda _, __, y: seen["mlp"].append(y[0, -1])),
+            writes.register_forward_hook(lambda _, __, y: seen["mlp"].append(written(y)[0, -1])),
             block.register_forward_hook(
                 lambda _, __, y: seen["post"].append((y[0] if isinstance(y, tuple) else y)[0, -1])
             ),

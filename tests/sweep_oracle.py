@@ -89,10 +89,10 @@ def ablated_logits(
         return hook
 
     def on_write(layer: int) -> Callable[..., Any]:
-        def hook(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            output = output.clone()
-            output[0, place] = picked(mlps, layer, output.shape[-1]).to(output.dtype)
-            return output
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            write = literal_oracle.written(output).clone()
+            write[0, place] = picked(mlps, layer, write.shape[-1]).to(write.dtype)
+            return literal_oracle.rewritten(output, write)
 
         return hook
 

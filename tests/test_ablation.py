@@ -10,7 +10,6 @@ import torch
 from ablation_letter import (
     HEADS,
     MLPS,
-    SDPA,
     SIDES,
     Model,
     blocks,
@@ -27,7 +26,7 @@ from ablation_letter import (
     seen,
 )
 from single_thread import one_thread  # noqa: F401
-from tiny_models import NAMES, VOCAB, make, pad
+from tiny_models import NAMES, SDPA, VOCAB, make, pad
 from true_fp64 import true_fp64
 
 import pyarith as pa

@@ -11,7 +11,7 @@ import pytest
 import torch
 from single_thread import one_thread  # noqa: F401
 from snapshot import unchanged
-from tiny_models import NAMES, make, pad, prompts
+from tiny_models import NAMES, SDPA, make, pad, prompts
 from tokenizers_for_tests import byte_level
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,7 +25,6 @@ from pyarith.errors import PyarithError, SelfCheckError, UnsupportedModelError
 
 ALL_HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 SOME = [(2, 3), (0, 1), (2, 0)]  # in no order
-SDPA = [name for name in NAMES if name != "gemma2"]
 LENGTHS = (7, 5, 9, 7)
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 

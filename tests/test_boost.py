@@ -12,7 +12,7 @@ from literal_oracle import PATHS
 from planted import KEY_HEADS, PLUS, SUM0, adder, problem
 from single_thread import one_thread  # noqa: F401
 from snapshot import unchanged
-from tiny_models import NAMES, make, pad, prompts
+from tiny_models import NAMES, SDPA, make, pad, prompts
 from true_fp64 import true_fp64
 
 import pyarith as pa
@@ -20,7 +20,6 @@ from pyarith.errors import InputError, InputTypeError, PyarithError, Unsupported
 
 HEADS = [(0, 1), (1, 0), (1, 3), (2, 2)]
 SIDES = ["none", "left", "right"]
-SDPA = [name for name in NAMES if name != "gemma2"]
 Model = torch.nn.Module
 Rows = list[list[int]]
 

@@ -12,14 +12,13 @@ import tiny_models
 import torch
 from literal_oracle import Oracle
 from single_thread import one_thread  # noqa: F401
-from tiny_models import NAMES, Prompt, inputs, make, prompts
+from tiny_models import NAMES, SDPA, Prompt, inputs, make, prompts
 from true_fp64 import true_fp64
 
 import pyarith as pa
 
 QUIET = {"progress": False, "verify": 0}
 EXACT = {"rtol": 1e-12, "atol": 2e-12}  # logits are of order 5; both sides round at every layer
-SDPA = [name for name in NAMES if name != "gemma2"]  # transformers has no sdpa for Gemma-2's softcap
 EQUAL = (7, 7, 7)
 
 

@@ -10,7 +10,7 @@ import torch
 from prefix_runs import batch, fixed, reshuffled, rows, same, tiny, train, tuner
 from single_thread import one_thread  # noqa: F401
 from snapshot import unchanged
-from tiny_models import NAMES
+from tiny_models import NAMES, SDPA
 
 import pyarith as pa
 from pyarith.errors import InputError
@@ -20,7 +20,7 @@ from pyarith.tuning.loss import label_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = [(name, "eager" if name == "gemma2" else "sdpa", torch.float32) for name in NAMES] + [
+KINDS = [(name, "sdpa" if name in SDPA else "eager", torch.float32) for name in NAMES] + [
     ("llama", "eager", torch.float32),
     ("gpt2", "eager", torch.float32),
     ("gemma2", "eager", torch.bfloat16),

@@ -27,7 +27,9 @@ def notes(spec: FamilySpec) -> str:
     """What is special about a family, in words."""
     norms = {"rms": "RMSNorm", "rms1p": "RMSNorm of 1 + weight", "layer": "LayerNorm"}
     found = [norms[spec.norm]]
-    found += ["gated MLP" if spec.mlp_spec.gate or spec.mlp_spec.gate_up else "plain MLP"]
+    if spec.mlp_spec is not None:
+        found += ["gated MLP" if spec.mlp_spec.gate or spec.mlp_spec.gate_up else "plain MLP"]
+    found += ["mixture of experts"] if spec.router else []
     found += ["norms after attention and MLP"] if spec.attn_post_norm else []
     found += ["parallel or serial blocks"] if isinstance(spec.parallel, str) else []
     found += ["parallel blocks"] if spec.parallel is True else []

@@ -21,12 +21,10 @@ from sweep_oracle import (
     single_heads,
     truth,
 )
-from tiny_models import NAMES, make
+from tiny_models import NAMES, SDPA, make
 from true_fp64 import true_fp64
 
 import pyarith as pa
-
-SDPA = [name for name in NAMES if name != "gemma2"]  # transformers has no sdpa for Gemma-2's softcap
 
 
 @pytest.mark.parametrize("where", POSITIONS)

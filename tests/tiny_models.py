@@ -53,6 +53,16 @@ _GEMMA2 = {
     "tie_word_embeddings": False,
 }
 
+_QWEN_MOE = {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_GPT_OSS = {
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 4,
+}
+
 FAMILIES: dict[str, Tiny] = {
     "llama": Tiny("Llama", {"num_key_value_heads": 4}),
     "llama-gqa2": Tiny("Llama", {"num_key_value_heads": 2, "mlp_bias": True, "attention_bias": True}),
@@ -65,8 +75,16 @@ FAMILIES: dict[str, Tiny] = {
     "gpt2": Tiny("GPT2", {}, _GPT2_SIZES),
     "neox": Tiny("GPTNeoX", {"rotary_pct": 0.5, "use_parallel_residual": True}),
     "neox-serial": Tiny("GPTNeoX", {"rotary_pct": 0.25, "use_parallel_residual": False}),
+    "mixtral": Tiny("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 4, "intermediate_size": 24}),
+    "qwen2-moe": Tiny("Qwen2Moe", _QWEN_MOE | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
+    "qwen3-moe": Tiny("Qwen3Moe", _QWEN_MOE | {"head_dim": 12, "decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "gpt-oss": Tiny("GptOss", _GPT_OSS),
 }
-NAMES = list(FAMILIES)
+# mixtures of experts cost ten times the time of the others: tests/test_moe.py runs them through fewer cases
+MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
+NAMES = [name for name in FAMILIES if name not in MOE]
+# transformers has no sdpa for Gemma-2's softcap
+SDPA = [name for name in NAMES if name != "gemma2"]
 
 
 def make(
@@ -84,6 +102,8 @@ def make(
     settings = {**row.sizes, **_NO_TOKENS, **row.extra, **overrides}
     config = getattr(transformers, f"{row.prefix}Config")(**settings)
     config._attn_implementation = attn
+    # the usual implementation of experts has no fp64
+    config._experts_implementation = "eager" if dtype == torch.float64 else "grouped_mm"
     suffix = "LMHeadModel" if row.prefix == "GPT2" else "ForCausalLM"
     # the same numbers inside and outside ``true_fp64``, which would keep the rotary tables from being rounded to fp32
     with torch._C.DisableTorchFunction():

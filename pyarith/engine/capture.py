@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyarith.engine.batch import Batch
-from pyarith.engine.guard import Hooks
+from pyarith.engine.guard import Hooks, output_of
 from pyarith.engine.packing import Packed, additive, causal, pack, pack_plain
 from pyarith.models.sites import ModelSites
 
@@ -210,7 +210,7 @@ def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, in
 def _finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slice) -> None:
     """The last MLP and the final norm, by the model's own modules, for END only (the self-check covers this)."""
     block = sites.blocks[-1]
-    write = block.mlp(last["mlp_input"][None])
+    write = output_of(block.mlp, last["mlp_input"][None])
     if block.mlp_post_norm is not None:
         write = block.mlp_post_norm(write)
     if into.dmlp is not None:

@@ -53,6 +53,13 @@ class _Rope:
         self.module._buffers.update(self.buffers)
 
 
+def output_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What ``module`` gives for ``x``: the first item where it gives a tuple, as hooks hand it over."""
+    output = module(x)
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
 class Hooks:
     """Forward hooks that live inside a ``with`` block.
 
@@ -83,8 +90,11 @@ class Hooks:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def after(self, module: nn.Module, call: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-            return call(output)
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            if not isinstance(output, tuple):
+                return call(output)
+            value = call(output[0])
+            return None if value is None else (value, *output[1:])
 
         self._handles.append(module.register_forward_hook(hook))
 

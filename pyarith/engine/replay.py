@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyarith import ops
 from pyarith.engine.capture import Captured
+from pyarith.engine.guard import output_of
 from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split, split_norm
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import head_outputs, read_mlp
@@ -117,7 +118,7 @@ class Mlp:
     def write_to(self, x: Tensor, target: Tensor, work: Tensor) -> None:
         """``target = mlp(x)``; x and target [variant, batch, d_model]."""
         if self.weights is None:
-            target.copy_(self.module(x))
+            target.copy_(output_of(self.module, x))
             return
         flat = x.flatten(0, 1)
         self.weights.down.apply(self._hidden(flat, work), target.flatten(0, 1))
@@ -125,7 +126,7 @@ class Mlp:
     def add_to(self, x: Tensor, rows: Tensor, work: Tensor) -> None:
         """``rows += mlp(x) - bias`` in the GEMM itself; the caller owes ``bias``."""
         if self.weights is None:
-            rows.add_(self.module(x))
+            rows.add_(output_of(self.module, x))
             return
         flat = rows.flatten(0, 1)
         hidden = self._hidden(x.flatten(0, 1), work)

@@ -102,5 +102,38 @@ for _spec in (
         mlp_spec=MlpSpec(class_name="GPTNeoXMLP", up="dense_h_to_4h", down="dense_4h_to_h", act="act"),
         parallel="use_parallel_residual",
     ),
+    # mixtures of experts: read_mlp knows the dense layers by their class, the others go through their own modules
+    FamilySpec(
+        name="mixtral",
+        model_class="MixtralForCausalLM",
+        norm="rms",
+        norm_class="MixtralRMSNorm",
+        router="gate",
+    ),
+    FamilySpec(
+        name="qwen2_moe",
+        model_class="Qwen2MoeForCausalLM",
+        norm="rms",
+        norm_class="Qwen2MoeRMSNorm",
+        mlp_spec=_gated("Qwen2MoeMLP"),
+        router="gate",
+        masks_by_layer_type=True,
+    ),
+    FamilySpec(
+        name="qwen3_moe",
+        model_class="Qwen3MoeForCausalLM",
+        norm="rms",
+        norm_class="Qwen3MoeRMSNorm",
+        mlp_spec=_gated("Qwen3MoeMLP"),
+        router="gate",
+    ),
+    FamilySpec(
+        name="gpt_oss",
+        model_class="GptOssForCausalLM",
+        norm="rms",
+        norm_class="GptOssRMSNorm",
+        router="router",
+        masks_by_layer_type=True,
+    ),
 ):
     register_family(_spec)

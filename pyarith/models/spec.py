@@ -68,6 +68,9 @@ class FamilySpec:
         norm_class: name of the norm's class, for the fused path.
         parallel: True, False, or the name of the config attribute that says.
         softcap: config attribute of the final logit softcap, or None.
+        mlp_spec: where a dense MLP keeps its weights; None where every MLP goes through its own module.
+        router: the module inside a mixture-of-experts MLP whose last result is the chosen experts [token, top_k], or
+            None. Layers whose MLP has no such module are dense.
         masks_by_layer_type: True when the decoder takes a dict of masks keyed by ``config.layer_types``.
         learned_positions: True where prompts cannot be longer than ``config.max_position_embeddings``.
         refuse_if: config attributes that must be false, each with the reason why the spec does not cover them.
@@ -87,7 +90,8 @@ class FamilySpec:
     mlp_post_norm: str | None = None
     norm: str
     norm_class: str
-    mlp_spec: MlpSpec
+    mlp_spec: MlpSpec | None = None
+    router: str | None = None
     parallel: bool | str = False
     softcap: str | None = None
     masks_by_layer_type: bool = False

@@ -111,7 +111,7 @@ def read_projection(module: Any) -> Projection | None:
 
 def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
     layout = sites.spec.mlp_spec
-    if not (is_plain(mlp) and _from_library(mlp, layout.class_name)):
+    if layout is None or not (is_plain(mlp) and _from_library(mlp, layout.class_name)):
         return None
     act_module = mlp.get_submodule(layout.act)
     act = _ACTS.get(type(act_module).__name__) if is_plain(act_module) else None
