@@ -84,7 +84,10 @@ def test_eager(name: str, side: str) -> None:
         result = run(make(name), side, ALL_HEADS, lengths)
     agree(result, truth(name, lengths), side, ALL_HEADS)
     assert result.check_error < 1e-12 and result.mass.dtype == np.float64
-    np.testing.assert_allclose(result.mass.sum(-1), 1, rtol=1e-12)
+    if name == "gpt-oss":
+        assert (result.mass.sum(-1) < 1).all()  # its sinks take a share
+    else:
+        np.testing.assert_allclose(result.mass.sum(-1), 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SDPA)

@@ -23,7 +23,7 @@ def by_hand(model: Any, run: Run, answer: int) -> dict[str, torch.Tensor]:
     """Every part written out as a vector and sent through the frozen norm, nothing folded."""
     kind, config = model.config.model_type, model.config
     norm, head = final_norm(model), model.get_output_embeddings()
-    layer_norm = kind.startswith("gpt")
+    layer_norm = kind in ("gpt2", "gpt_neox")
     weight = 1 + norm.weight if kind == "gemma2" else norm.weight
     eps = getattr(norm, "variance_epsilon", None) or norm.eps
     last = run.post[-1]

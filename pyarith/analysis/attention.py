@@ -29,7 +29,8 @@ _LAST_ROLES = ("special", "other")
 class AttentionMass:
     """Attention of heads at END, summed over the tokens of each role.
 
-    mass[i, b, r] = sum over tokens p of prompt b with role r of pattern[i, b, p]; the roles of a prompt sum to 1.
+    mass[i, b, r] = sum over tokens p of prompt b with role r of pattern[i, b, p]; the roles of a prompt sum to 1,
+    or where a head has a sink (GPT-OSS) to what the sink leaves.
 
     Attributes:
         heads: the chosen heads, axis n_chosen.
@@ -97,8 +98,8 @@ def attention_mass(
 
     pattern = softmax(cap(scaling * q_END @ k.T) + causal and window mask), in fp32 (fp64 for fp64 models), from the
     queries and keys that the model's own attention function gets (after q/k norms and the rotary embedding), with the
-    family's scaling, softcap, sliding window and shared keys. Every row is checked: pattern @ v must reproduce z, the
-    head's output in the same forward pass.
+    family's scaling, softcap, sliding window, sink and shared keys. Every row is checked: pattern @ v must reproduce z,
+    the head's output in the same forward pass.
 
     Args:
         model: a supported Hugging Face causal LM with any attention implementation of transformers'
@@ -245,7 +246,10 @@ class Observer:
         if window is not None:
             distance = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
             scores = scores.masked_fill(distance >= window, -torch.inf)
-        pattern = scores.softmax(-1)
+        sinks = options.get("s_aux")  # a score of its own in the softmax, with nothing to read
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[heads].to(wide)[:, None, None].expand(*scores.shape[:2], 1)], -1)
+        pattern = scores.softmax(-1)[..., : key.shape[2]]
         return pattern, torch.einsum("hbp,bhpd->hbd", pattern, value[:, shared].to(wide))
 
     def row(self, head: Head) -> Tensor:

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyarith import ops
 from pyarith.engine.sweep_inputs import Clean
 from pyarith.models.sites import ModelSites
+from pyarith.ops.answer_logits import softcapped
 
 _NAME = "pyarith_shared_prefix"
 
@@ -29,10 +31,19 @@ class SharedPrefix:
         self.ends = clean.lengths - 1
         self.layer = 0
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """query [variant * batch, head, 1, d_head], key, value [variant * batch, kv_head, 1, d_head] of END."""
         batch = self.clean.batch
         q, k_own, v_own = (x[:, :, 0].unflatten(0, (-1, batch)) for x in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         found = ops.shared_prefix_attention(
             q,
             self.clean.keys[self.layer],
@@ -40,12 +51,33 @@ class SharedPrefix:
             k_own,
             v_own,
             self.ends,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            scale=scale,
             softcap=softcap or 0.0,
             window=self.windows[self.layer] or 0,
             backend=self.backend,
         )
+        if sinks is not None:
+            found *= self._beside_sinks(q, k_own, scale, softcap, sinks)
         return found.flatten(0, 1)[:, None]
+
+    def _beside_sinks(self, q: Tensor, k_own: Tensor, scale: float, softcap: float | None, sinks: Tensor) -> Tensor:
+        """The share of attention that a head's sink leaves to the keys, [variant, batch, head, 1].
+
+        A sink is one more score in the softmax, with nothing to read: share = sum_p e^s[p] / (sum_p e^s[p] + e^sink).
+        The op knows no sinks, so the scores are taken once more, variant by variant.
+        """
+        keys, wide = self.clean.keys[self.layer], torch.promote_types(q.dtype, torch.float32)
+        distance = self.ends[:, None] - torch.arange(keys.shape[1], device=q.device)  # from END, [batch, pos]
+        seen = (distance > 0) & (distance < (self.windows[self.layer] or keys.shape[1] + 1))
+        shares = []
+        for query, own in zip(q, k_own, strict=True):
+            grouped = query.to(wide).unflatten(1, (keys.shape[2], -1))
+            shared = torch.einsum("bjgd,bpjd->bjgp", grouped, keys.to(wide)) * scale
+            mine = torch.einsum("bjgd,bjd->bjg", grouped, own.to(wide))[..., None] * scale
+            scores = torch.cat([softcapped(shared, softcap or 0.0), softcapped(mine, softcap or 0.0)], -1)
+            scores[..., :-1].masked_fill_(~seen[:, None, None], -torch.inf)
+            shares.append(torch.sigmoid(scores.logsumexp(-1).flatten(1) - sinks.to(wide)))
+        return torch.stack(shares)[..., None].to(q.dtype)
 
 
 _active: ContextVar[SharedPrefix | None] = ContextVar(_NAME, default=None)
@@ -59,12 +91,13 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers; the mask knows nothing of the stored keys and is not looked at."""
     prefix = _active.get()
     assert prefix is not None
-    return prefix.attend(query, key, value, scaling, softcap), None
+    return prefix.attend(query, key, value, scaling, softcap, s_aux), None
 
 
 @contextmanager
