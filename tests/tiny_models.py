@@ -102,8 +102,8 @@ def make(
     settings = {**row.sizes, **_NO_TOKENS, **row.extra, **overrides}
     config = getattr(transformers, f"{row.prefix}Config")(**settings)
     config._attn_implementation = attn
-    # the usual implementation of experts has no fp64
-    config._experts_implementation = "eager" if dtype == torch.float64 else "grouped_mm"
+    if name in MOE:  # their usual implementation has no fp64
+        config._experts_implementation = "eager" if dtype == torch.float64 else "grouped_mm"
     suffix = "LMHeadModel" if row.prefix == "GPT2" else "ForCausalLM"
     # the same numbers inside and outside ``true_fp64``, which would keep the rotary tables from being rounded to fp32
     with torch._C.DisableTorchFunction():
