@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyarith import ops
 from pyarith.engine.capture import Captured
 from pyarith.engine.guard import output_of
+from pyarith.engine.phases import label
 from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split, split_norm
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import head_outputs, read_mlp
@@ -197,6 +198,7 @@ class Replay:
         if have is None or have.numel() < size or have.dtype != dtype:
             self._work.pop(name, None)  # free before the larger one is made
             have = self._work[name] = torch.empty(size, dtype=dtype, device=self.sites.device)
+            label(f"replay {name}", have)
         return have[:size].view(shape)
 
     def _reserve(self, variants: int, batch: int) -> None:

@@ -17,6 +17,7 @@ from pyarith.engine.capture import Captured, Prefix, allocate, capture, takes_tr
 from pyarith.engine.clock import mark, seconds
 from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.oracle import Sender
+from pyarith.engine.phases import label, phase
 from pyarith.engine.planner import Plan, Planner
 from pyarith.engine.readout import Readout
 from pyarith.engine.replay import Heads, Replay
@@ -62,7 +63,8 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
         frozen=options.frozen,
         log_probs=options.log_probs,
     )
-    oracle.attach(sites, replay, batch)
+    with phase("self-check"):
+        oracle.attach(sites, replay, batch)
     length = batch.common_prefix if takes_trees(sites) and len(batch) > 1 else 0
     length = length if length >= _MIN_PREFIX else 0
     planner = Planner(sites, replay, batch, length, options.mlps)
@@ -98,7 +100,8 @@ def _sweep(
     while done < len(order):
         if prefix is None:
             start = mark(sites.device)
-            prefix = Prefix(sites, batch.clean[0, : planner.prefix])
+            with phase("prefix"):
+                prefix = Prefix(sites, batch.clean[0, : planner.prefix])
             timings["capture"] += seconds(start, mark(sites.device))
         try:
             for groups in planner.groups(plan, order[done:]):
@@ -130,14 +133,18 @@ def _block(
 ) -> tuple[Captured, Any, Readout]:
     start = mark(sites.device)
     block = torch.cat(groups)
-    captured = allocate(sites, len(block), options.mlps)
-    at = 0
-    for group in groups:
-        capture(sites, batch, group, prefix, captured, slice(at, at + len(group)))
-        at += len(group)
+    with phase("capture"):
+        captured = allocate(sites, len(block), options.mlps)
+        for name, tensor in captured.named():
+            label(f"captured {name}", tensor)
+        at = 0
+        for group in groups:
+            capture(sites, batch, group, prefix, captured, slice(at, at + len(group)))
+            at += len(group)
     middle = mark(sites.device)
-    targets = batch.targets[block].to(sites.device)
-    rows = replay.run(captured, targets, plan.rows)
+    with phase("replay"):
+        targets = batch.targets[block].to(sites.device)
+        rows = replay.run(captured, targets, plan.rows)
     end = mark(sites.device)
     readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
     timings["capture"] += seconds(start, middle)
@@ -167,6 +174,7 @@ class _Collector:
                 self.arrays[f"{name}_{metric}"] = np.full(shape, np.nan, kind)  # heads that are not run stay NaN
         self.arrays["noise_floor"] = np.zeros(layers, kind)
 
+    @phase("readout")
     def add(self, block: Tensor, captured: Captured, rows: Any, readout: Readout) -> None:
         hidden = torch.stack([captured.clean_hidden, captured.corrupted_hidden])
         logits, own, own_lse, *more = _to_host(
@@ -259,6 +267,7 @@ def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> s
     return f"non-finite values: only in replayed rows; patched activations overflow {sites.dtype}: load it in fp32"
 
 
+@phase("verify")
 def _verify(sites: ModelSites, batch: Batch, arrays: dict[str, np.ndarray[Any, Any]], options: Options) -> float:
     """Literal re-runs of the strongest senders and of senders spread over the model, on at most two prompts.
 
