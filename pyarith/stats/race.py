@@ -1,0 +1,150 @@
+"""Which k of many means are smallest: successive elimination with confidence sequences over clusters.
+
+Clusters are visited in a random order; from time to time one looks at the intervals of all senders still in the race.
+A sender is surely *in* the smallest k when fewer than k others can lie at or below it, surely *out* when k others
+surely lie below it; both leave the race. The rest is settled together once no chosen one can lie more than a tolerance
+above one that is left out: what remains are ties (PAC subset selection: Kalyanakrishnan & Stone 2010, Efficient
+Selection of Multiple Bandit Arms; Even-Dar, Mannor & Mansour 2006, JMLR 7:1079, for the elimination).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyarith.errors import InputError, check
+from pyarith.stats.clusters import Array, check_count, check_level
+from pyarith.stats.sequences import first_look, sequence
+
+_GROWTH = 1.25  # from one look to the next
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is measured before the next look.
+
+    Attributes:
+        prompts: int64 indices of the prompts to run.
+        clusters: int64 codes of the clusters that this look averages over.
+        alpha: share of the error that the looks of this pass may spend, over all senders.
+        first: clusters at the first look of the pass.
+    """
+
+    prompts: Array
+    clusters: Array
+    alpha: float
+    first: int
+
+
+def rounds(codes: Array, senders: int, confidence: float, seed: int) -> Iterator[Round]:
+    """The rounds of a race over prompts with cluster ``codes`` 0 .. size - 1, in a random order.
+
+    The first pass takes one prompt of each cluster, in an order of the clusters drawn once, with looks at growing
+    numbers of clusters: while it lasts, its values are independent. Pass p completes every cluster to 2^p prompts, with
+    one look at its end. Pass p may spend 2^-(p + 1) of the error, the last what is left.
+    """
+    stream = np.random.default_rng(seed)
+    order = stream.permutation(int(codes.max()) + 1)
+    places = stream.permutation(len(codes))
+    by_cluster = places[np.argsort(codes[places], kind="stable")]  # random within each cluster
+    sizes = np.bincount(codes)
+    rank = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    starts = np.cumsum(sizes) - sizes
+    passes = 1 + math.ceil(math.log2(int(sizes.max())))
+    for number in range(passes):
+        alpha = (1 - confidence) * 2.0 ** -min(number + 1, passes - 1)
+        first = min(first_look(alpha / senders), len(order))
+        if number > 0:
+            yield Round(by_cluster[(rank >= 2 ** (number - 1)) & (rank < 2**number)], order, alpha, first)
+            continue
+        done = 0
+        while done < len(order):
+            upto = max(first, math.ceil(_GROWTH * done))
+            upto = len(order) if _GROWTH * upto > len(order) else upto  # no short last round
+            yield Round(by_cluster[starts[order[done:upto]]], order[:upto], alpha, first)
+            done = upto
+
+
+class Race:
+    """The state of a race of ``senders`` means for the ``k`` smallest.
+
+    Attributes:
+        mean, low, high: fp64 [sender] at the last look that a sender took part in.
+        status: int8 [sender], 1 = in, -1 = out, 0 = undecided.
+        tied: bool [sender], settled within the tolerance only.
+        n_clusters: int64 [sender] clusters at that look.
+    """
+
+    def __init__(self, senders: int, k: int, confidence: float) -> None:
+        check_count(k, "top_k")
+        check(k < senders, f"top_k: expected fewer than the {senders} heads there are, got {k}; all heads need no race")
+        check_level(confidence, "confidence")
+        self.k = k
+        self.mean, self.low, self.high = np.zeros(senders), np.full(senders, -np.inf), np.full(senders, np.inf)
+        self.status = np.zeros(senders, np.int8)
+        self.tied = np.zeros(senders, bool)
+        self.n_clusters = np.zeros(senders, np.int64)
+
+    @property
+    def running(self) -> Array:
+        """int64 indices of the senders that are not decided."""
+        return np.flatnonzero(self.status == 0)
+
+    @property
+    def places(self) -> int:
+        """How many of the undecided are in the smallest k."""
+        return self.k - int((self.status == 1).sum())
+
+    @property
+    def chosen(self) -> Array:
+        """int64 [k] the senders in, and of the undecided those with the smallest means; smallest mean first."""
+        running = self.running
+        best = running[np.argsort(self.mean[running], kind="stable")[: self.places]]
+        found = np.concatenate([np.flatnonzero(self.status == 1), best])
+        return found[np.argsort(self.mean[found], kind="stable")]
+
+    def look(self, values: Array, alpha: float, first: int, tolerance: float) -> None:
+        """Take in the values [running sender, cluster] of a look, and decide what can be decided.
+
+        Of two intervals of different passes the narrower stays: all hold together.
+        """
+        running = self.running
+        mean, low, high = sequence(values, alpha / len(self.status), first)
+        self.mean[running] = mean
+        self.n_clusters[running] = values.shape[1]
+        better = high - low < self.high[running] - self.low[running]
+        self.low[running[better]], self.high[running[better]] = low[better], high[better]
+        while self._eliminate():
+            pass
+        self._settle(tolerance)
+
+    def _eliminate(self) -> bool:
+        """Decide senders that are surely in or out; whether there were any."""
+        running, places = self.running, self.places
+        low, high = np.sort(self.low[running]), np.sort(self.high[running])
+        reach = np.searchsorted(low, self.high[running], "right") - 1  # others whose interval reaches down to this one
+        below = np.searchsorted(high, self.low[running], "left")  # others whose whole interval lies below
+        self.status[running[reach < places]] = 1
+        self.status[running[below >= places]] = -1
+        return len(self.running) < len(running)
+
+    def _settle(self, tolerance: float) -> None:
+        """End the race when the best of the undecided are within the tolerance of being right."""
+        running = self.running
+        if not len(running):
+            return
+        chosen = np.isin(running, self.chosen)
+        best, rest = running[chosen], running[~chosen]
+        if self.high[best].max() - self.low[rest].min() <= tolerance:
+            self.status[best], self.status[rest] = 1, -1
+            self.tied[running] = True
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise unless ``tolerance`` is a finite number >= 0."""
+    real = isinstance(tolerance, int | float | np.number) and not isinstance(tolerance, bool)
+    if not (real and math.isfinite(tolerance) and tolerance >= 0):
+        raise InputError(f"tolerance: expected a number of logits >= 0, or None, got {tolerance!r}")
