@@ -97,6 +97,12 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes that a run takes at most where none are named: half of what is free, on a GPU at most 4 GiB."""
+    half = free_bytes(device) // 2
+    return min(half, _ENOUGH_BYTES.get(device.type, half))
+
+
 @functools.lru_cache(maxsize=8)
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a GEMM, measured once per device and dtype (a few milliseconds)."""
@@ -163,8 +169,7 @@ class Planner:
         """
         kind = self.sites.device.type
         if budget is None:
-            free = free_bytes(self.sites.device) // 2
-            budget = min(free, _ENOUGH_BYTES.get(kind, free))
+            budget = default_budget(self.sites.device)
         tokens = _MAX_PREFIXED_TOKENS if self.prefix else _MAX_TOKENS
         plan = Plan(min(self.n, _MAX_PROMPTS), tokens.get(kind, tokens["cpu"]), _MAX_ROWS.get(kind, _MAX_ROWS["cpu"]))
         # the three sizes cost differently; shrink what is dearest relative to what it buys
@@ -185,16 +190,19 @@ class Planner:
         # equal blocks: 100 prompts at most 64 at a time go as 50 + 50
         return replace(plan, prompts=-(-self.n // -(-self.n // plan.prompts)))
 
-    def forecast(self, plan: Plan) -> Forecast:
-        """FLOP of the matrix products, peak bytes, and seconds at the measured GEMM rate."""
+    def forecast(self, plan: Plan, rate: float | None = None) -> Forecast:
+        """FLOP of the matrix products, peak bytes, and seconds at ``rate`` FLOP per second (None: measured here)."""
         layers = self.sites.n_layers
-        tokens = self.prefix + int(self.pair.sum())
+        tokens = self.prefix
+        for groups in self.groups(plan, self.pair.argsort(stable=True)):
+            # behind a stored prefix nothing is padded
+            tokens += sum(int(self.pair[g].sum() if self.prefix else self.pair[g].max() * len(g)) for g in groups)
         replayed = 0.0 if self.replay.frozen else 2.0 * self._mlp_params * self.replay.n_rows * self.n
         return Forecast(
             capture_flop=2.0 * (self._block_params * layers - self._mlp_params) * tokens,
             replay_flop=replayed,
             bytes=self.bytes(plan),
-            gemm_flop_per_second=gemm_rate(self.sites.device, self.sites.dtype),
+            gemm_flop_per_second=rate or gemm_rate(self.sites.device, self.sites.dtype),
         )
 
     def groups(self, plan: Plan, order: Tensor) -> list[list[Tensor]]:
