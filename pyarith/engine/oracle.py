@@ -34,6 +34,11 @@ def tolerance(sites: ModelSites, scale: float) -> float:
     return _TOLERANCE[sites.dtype] * scale
 
 
+def forget(model: nn.Module) -> None:
+    """Let the next ``attach`` check the model again, though it has not changed."""
+    _checked.pop(model, None)
+
+
 @dataclass(frozen=True)
 class Sender:
     """A head, or the MLP of a layer where ``head`` is None."""
