@@ -21,6 +21,15 @@ PATHS = {
     "qwen2": ("model.layers", "self_attn.o_proj", "mlp"),
     "qwen3": ("model.layers", "self_attn.o_proj", "mlp"),
     "gemma2": ("model.layers", "self_attn.o_proj", "mlp"),
+    "gemma3_text": ("model.layers", "self_attn.o_proj", "mlp"),
+    "olmo2": ("model.layers", "self_attn.o_proj", "mlp"),
+    "granite": ("model.layers", "self_attn.o_proj", "mlp"),
+    "cohere": ("model.layers", "self_attn.o_proj", "mlp"),
+    "cohere2": ("model.layers", "self_attn.o_proj", "mlp"),
+    "stablelm": ("model.layers", "self_attn.o_proj", "mlp"),
+    "phi": ("model.layers", "self_attn.dense", "mlp"),
+    "gptj": ("transformer.h", "attn.out_proj", "mlp"),
+    "falcon": ("transformer.h", "self_attention.dense", "mlp"),
     "phi3": ("model.layers", "self_attn.o_proj", "mlp"),
     "gpt2": ("transformer.h", "attn.c_proj", "mlp"),
     "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp"),
@@ -83,7 +92,8 @@ def hooked(
     def on_mlp(layer: int) -> Any:
         def hook(_module: Any, _args: Any, output: torch.Tensor) -> Any:
             seen_mlp.append(written(output).detach().clone())
-            return rewritten(output, mlp[layer]) if mlp and layer in mlp else None
+            # a copy: Falcon adds to it in place
+            return rewritten(output, mlp[layer].clone()) if mlp and layer in mlp else None
 
         return hook
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,12 @@ def notes(spec: FamilySpec) -> str:
         found += ["gated MLP" if spec.mlp_spec.gate or spec.mlp_spec.gate_up else "plain MLP"]
     found += ["mixture of experts"] if spec.router else []
     found += ["norms after attention and MLP"] if spec.attn_post_norm else []
-    found += ["parallel or serial blocks"] if isinstance(spec.parallel, str) else []
-    found += ["parallel blocks"] if spec.parallel is True else []
+    found += ["no norm before the MLP"] if spec.mlp_norm is None else []
+    kinds = {one.parallel for one in (spec, *(replace(spec, **variant.then) for variant in spec.variants))}
+    found += ["parallel or serial blocks"] if len(kinds) == 2 else ["parallel blocks"] if spec.parallel else []
     found += ["final softcap"] if spec.softcap else []
+    found += ["residual multiplier"] if spec.residual_multiplier else []
+    found += ["logit scale"] if spec.logit_multiplier or spec.logit_divisor else []
     found += [f"not with `{attribute}`" for attribute, _ in spec.refuse_if]
     return ", ".join(found)
 

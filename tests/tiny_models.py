@@ -62,6 +62,27 @@ _GPT_OSS = {
     "num_experts_per_tok": 2,
     "sliding_window": 4,
 }
+_GPTJ_SIZES = {**_GPT2_SIZES, "rotary_dim": 4}
+_FALCON_SIZES = {**{k: v for k, v in _SIZES.items() if k != "intermediate_size"}, "ffn_hidden_size": 44}
+_GEMMA3 = {
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "final_logit_softcapping": 8.0,
+    "tie_word_embeddings": False,
+}
+_COHERE = {"num_key_value_heads": 2, "use_qk_norm": True, "logit_scale": 0.8, "attention_bias": True}
+_GRANITE = {
+    "num_key_value_heads": 2,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "embedding_multiplier": 1.5,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 1.3,
+}
 
 FAMILIES: dict[str, Tiny] = {
     "llama": Tiny("Llama", {"num_key_value_heads": 4}),
@@ -79,12 +100,32 @@ FAMILIES: dict[str, Tiny] = {
     "qwen2-moe": Tiny("Qwen2Moe", _QWEN_MOE | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
     "qwen3-moe": Tiny("Qwen3Moe", _QWEN_MOE | {"head_dim": 12, "decoder_sparse_step": 2, "norm_topk_prob": True}),
     "gpt-oss": Tiny("GptOss", _GPT_OSS),
+    "olmo2": Tiny("Olmo2", {"num_key_value_heads": 2}),
+    "phi": Tiny("Phi", {"num_key_value_heads": 2, "qk_layernorm": True}),
+    "gptj": Tiny("GPTJ", {"tie_word_embeddings": False}, _GPTJ_SIZES),
+    "gemma3": Tiny("Gemma3", _GEMMA3),
+    "granite": Tiny("Granite", _GRANITE),
+    "cohere": Tiny("Cohere", _COHERE),
+    "cohere2": Tiny("Cohere2", {"num_key_value_heads": 2, "sliding_window": 4, "sliding_window_pattern": 2}),
+    "stablelm": Tiny("StableLm", {"num_key_value_heads": 2, "qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm-parallel": Tiny("StableLm", {"num_key_value_heads": 2, "use_parallel_residual": True}),
+    "falcon": Tiny("Falcon", {"bias": True}, _FALCON_SIZES),
+    "falcon-serial": Tiny("Falcon", {"parallel_attn": False, "multi_query": False}, _FALCON_SIZES),
+    "falcon-new": Tiny("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, _FALCON_SIZES),
 }
 # mixtures of experts cost ten times the time of the others: tests/test_moe.py runs them through fewer cases
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
-NAMES = [name for name in FAMILIES if name not in MOE]
+# one variation of each test has to do for these (``every``)
+MORE = ["olmo2", "phi", "gptj", "gemma3", "granite", "cohere", "cohere2", "stablelm", "stablelm-parallel"]
+MORE += ["falcon", "falcon-serial", "falcon-new"]
+NAMES = [name for name in FAMILIES if name not in (*MOE, *MORE)]
 # transformers has no sdpa for Gemma-2's softcap
 SDPA = [name for name in NAMES if name != "gemma2"]
+
+
+def every(first: Any, *others: Any) -> list[tuple[str, Any]]:
+    """(name, value) for parametrised tests of dense families: all with ``first``, NAMES with the others too."""
+    return [(name, first) for name in (*NAMES, *MORE)] + [(name, value) for value in others for name in NAMES]
 
 
 def make(
@@ -100,7 +141,8 @@ def make(
 
     row = FAMILIES[name]
     settings = {**row.sizes, **_NO_TOKENS, **row.extra, **overrides}
-    config = getattr(transformers, f"{row.prefix}Config")(**settings)
+    kind = "Gemma3TextConfig" if row.prefix == "Gemma3" else f"{row.prefix}Config"
+    config = getattr(transformers, kind)(**settings)
     config._attn_implementation = attn
     if name in MOE:  # their usual implementation has no fp64
         config._experts_implementation = "eager" if dtype == torch.float64 else "grouped_mm"

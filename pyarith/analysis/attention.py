@@ -17,7 +17,7 @@ from pyarith.analysis.states import end_states, frame, host
 from pyarith.engine import guard
 from pyarith.engine.oracle import tolerance
 from pyarith.errors import SelfCheckError, UnsupportedModelError, check
-from pyarith.models.sites import ModelSites, resolve
+from pyarith.models.sites import ModelSites, refuse_own_attention, resolve
 from pyarith.prompts import ROLES
 from pyarith.types import Head
 
@@ -122,6 +122,7 @@ def attention_mass(
     References: Zhang et al. 2024, arXiv:2409.01659, sec. 3 (attention of key heads at END).
     """
     sites = resolve(model)
+    refuse_own_attention(sites, "attention_mass", "its queries and keys cannot be seen")
     chosen, tokens = read_heads(sites, heads), read_tokens(tokens_per_pass)
     given = read_prompts(sites, prompts, attention_mask, roles=roles, role_names=role_names)
     names, codes = _output_roles(given)

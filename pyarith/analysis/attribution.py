@@ -108,7 +108,8 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Split the answer's clean logit into what the embedding, each head and each MLP wrote at END.
 
-    part = scale * (w * W_U[answer]) . write, with w of the final norm and scale = 1 / rms of the clean run (LayerNorm:
+    part = scale * (w * W_U[answer]) . write, with w of the final norm and scale = 1 / rms of the clean run, times a
+    model's own logit scale (LayerNorm:
     1 / standard deviation, and the write is centred: its mean over d_model is taken away). Where a norm follows
     attention (Gemma-2) the head's write goes through that norm's weight with the clean run's scale first, so that the
     heads of a layer still add up to what attention wrote.
@@ -165,20 +166,21 @@ class _Splitter:
     def __call__(self, states: dict[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
         """The parts of a block of prompts, in row dtype."""
         wide = self.sites.row_dtype
-        unembed = self.unembed.matrix.t()[answers].to(wide)  # [batch, d_model]
+        unembed = self.unembed.matrix.t()[answers].to(wide) * self.sites.logit_scale  # [batch, d_model]
         direction = _direction(self.final, states["post"][-1].to(wide), unembed)
         bias = unembed.new_zeros(len(unembed))
         if self.final.bias is not None:
             bias = bias + unembed @ self.final.bias.to(wide)
         if self.unembed.bias is not None:
-            bias = bias + self.unembed.bias[answers].to(wide)
+            bias = bias + self.unembed.bias[answers].to(wide) * self.sites.logit_scale
         heads, biases = [], []
+        through = self.sites.scaled(direction)  # of what attention wrote before a residual multiplier
         for layer, (w_o, o_bias, norm) in enumerate(zip(self.w_o, self.o_bias, self.post, strict=True)):
-            own = direction if norm is None else _direction(norm, states["raw"][layer].to(wide), direction)
+            own = through if norm is None else _direction(norm, states["raw"][layer].to(wide), through)
             z = states["z"][layer].to(wide).unflatten(-1, w_o.shape[:2])
             # the rows of W_O on the direction first: [batch, head, d_head], not [batch, head, d_model]
             heads.append((z * torch.einsum("hkd,bd->bhk", w_o.to(wide), own)).sum(-1).t())
-            extra = None if norm is None or norm.bias is None else direction @ norm.bias.to(wide)
+            extra = None if norm is None or norm.bias is None else through @ norm.bias.to(wide)
             written = torch.zeros_like(bias) if o_bias is None else own @ o_bias.to(wide)
             biases.append(written if extra is None else written + extra)
         return {
@@ -193,7 +195,7 @@ class _Splitter:
     def _own(self, hidden: Tensor, answers: Tensor) -> Tensor:
         """The model's logit of the answer before the softcap."""
         logits: Tensor = self.sites.unembed(hidden).gather(-1, answers[:, None])[:, 0]
-        return logits.to(self.sites.row_dtype)
+        return logits.to(self.sites.row_dtype) * self.sites.logit_scale
 
 
 def _direction(norm: NormWeights, clean: Tensor, through: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def logit_lens(
 ) -> LogitLens:
     """Top tokens of the residual stream at END before and after each MLP.
 
-    logits = softcap(unembed(final_norm(stream))), by the model's own final norm and unembedding.
+    logits = softcap(scale * unembed(final_norm(stream))), by the model's own final norm and unembedding.
 
     Args:
         model: a supported Hugging Face causal LM; never changed.
@@ -169,5 +169,4 @@ _WANT = {False: ("mlp_in", "post"), True: ("pre", "attn_write", "post")}
 
 def _logits(sites: ModelSites, streams: Tensor) -> Tensor:
     """The model's logits of residual streams in its own dtype: [..., d_model] -> [..., d_vocab] in row dtype."""
-    logits: Tensor = sites.unembed(sites.final_norm(streams)).to(sites.row_dtype)
-    return torch.tanh(logits / sites.softcap) * sites.softcap if sites.softcap else logits
+    return sites.logits_of(sites.unembed(sites.final_norm(streams)).to(sites.row_dtype))

@@ -32,7 +32,7 @@ def end_states(
 
     Names: "pre" the residual stream before the block, "mlp_in" what the MLP's norm reads (in a parallel block that is
     "pre"), "z" the input of the attention output projection, "raw" its output, "attn_write" and "mlp_write" what is
-    added to the residual stream (after a norm of their own, where there is one), "post" the stream after the block.
+    added to the residual stream (after a norm or multiplier, where there is one), "post" the stream after the block.
 
     Yields:
         indices: int64 [block]; states: name -> [n_layers, block, width] in the model's dtype, and "hidden",
@@ -60,7 +60,8 @@ def end_states(
 def _place(sites: ModelSites, hooks: Hooks, want: tuple[str, ...], store: dict[str, dict[int, Tensor]]) -> None:
     def keep(name: str, layer: int) -> Callable[[Tensor], None]:
         def call(x: Tensor) -> None:
-            store[name][layer] = x[:, -1].clone()
+            end = x[:, -1].clone()
+            store[name][layer] = sites.scaled(end) if name.endswith("_write") else end
 
         return call
 
@@ -68,7 +69,7 @@ def _place(sites: ModelSites, hooks: Hooks, want: tuple[str, ...], store: dict[s
     for layer, (block, after) in enumerate(zip(sites.blocks, following, strict=True)):
         places = {
             "pre": (hooks.before, block.block),
-            "mlp_in": (hooks.before, block.mlp_norm),
+            "mlp_in": (hooks.before, block.mlp_reads),
             "z": (hooks.before, block.o_proj),
             "raw": (hooks.after, block.o_proj),
             "attn_write": (hooks.after, block.attn_write),

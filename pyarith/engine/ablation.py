@@ -35,7 +35,8 @@ def ablated(
 
     Everything downstream is recomputed (a total effect). The model runs as it is: any dtype, attention kernel,
     padding, key/value cache, ``generate`` and gradients (nothing flows into what was replaced); training flags and
-    autograd mode are left alone. Where the MLP's output goes through a norm (Gemma-2), its write is what comes after.
+    autograd mode are left alone. Where the MLP's output goes through a norm (Gemma-2), its write is what comes after;
+    where a residual multiplier follows (Granite), what comes before.
 
     Contexts nest: all their replacements hold, and for a head or MLP named twice the inner one does.
 

@@ -22,7 +22,7 @@ from pyarith.engine.batch import name_prompts
 from pyarith.engine.calls import Call, CallWatcher, refuse_compiled
 from pyarith.engine.guard import Hooks
 from pyarith.errors import InputTypeError, UnsupportedModelError, check
-from pyarith.models.sites import ModelSites, resolve
+from pyarith.models.sites import ModelSites, refuse_own_attention, resolve
 from pyarith.types import Head
 
 _PREFIX = "pyarith_boost_"  # in front of the name of the kernel that runs underneath
@@ -78,6 +78,7 @@ def boost(model: Any, heads: Iterable[tuple[int, int]], source: Any, alpha: floa
         ...     logits = model(ids).logits
     """
     sites = resolve(model)
+    refuse_own_attention(sites, "boost", "expected another family")
     chosen, _ = check_targets(sites, heads)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise InputTypeError(f"alpha: expected a number in [0, 1], got {alpha!r}")

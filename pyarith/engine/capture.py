@@ -21,6 +21,8 @@ from pyarith.models.sites import ModelSites
 
 _MASKED_ATTENTION = ("eager", "sdpa")
 
+Change = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -31,11 +33,11 @@ class Captured:
     Attributes:
         base: [n_layers + 1, batch, d_model] clean residual stream at the entries (serial: after attention j;
             parallel: before block j).
-        writes: [n_layers, batch, d_model] what attention j adds in the clean run.
+        writes: [n_layers, batch, d_model] what attention j adds in the clean run (times the residual multiplier).
         dz: [n_layers, batch, n_heads * d_head] z of the corrupted run minus z of the clean run.
         dmlp: [n_layers, batch, d_model] MLP write of the corrupted run minus that of the clean run, or None.
-        pre, raw: [n_layers, batch, d_model] block input and attention output before its norm (families with a
-            norm after attention), or None.
+        pre, raw: [n_layers, batch, d_model] block input and attention output before its norm and multiplier
+            (families with a norm after attention), or None.
         clean_hidden, corrupted_hidden: [batch, d_model] decoder output at END, model dtype.
     """
 
@@ -152,41 +154,44 @@ def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> I
     def at_ends(x: Tensor, index: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[index]
 
-    def keep(store: Tensor | None, layer: int) -> Callable[[Tensor], None]:
+    def as_is(x: Tensor) -> Tensor:
+        return x
+
+    def keep(store: Tensor | None, layer: int, change: Change = as_is) -> Callable[[Tensor], None]:
         def call(x: Tensor) -> None:
             if store is not None:
-                store[layer, at] = at_ends(x, packed.clean_end)
+                store[layer, at] = change(at_ends(x, packed.clean_end))
 
         return call
 
-    def difference(store: Tensor, layer: int) -> Callable[[Tensor], None]:
+    def difference(store: Tensor, layer: int, change: Change = as_is) -> Callable[[Tensor], None]:
         def call(x: Tensor) -> None:
-            _put_difference(store[layer, at], at_ends(x, ends))
+            _put_difference(store[layer, at], change(at_ends(x, ends)))
 
         return call
 
-    def keep_both(name: str) -> Callable[[Tensor], None]:
+    def keep_both(name: str, change: Change = as_is) -> Callable[[Tensor], None]:
         def call(x: Tensor) -> None:
-            last[name] = at_ends(x, ends)
+            last[name] = change(at_ends(x, ends))
 
         return call
 
     with Hooks() as hooks:
         for layer, block in enumerate(sites.blocks):
-            residual = block.block if sites.parallel else block.mlp_norm
+            residual = block.block if sites.parallel else block.mlp_reads
             hooks.before(residual, keep(into.base, layer))
             hooks.before(block.o_proj, difference(into.dz, layer))
-            hooks.after(block.attn_write, keep(into.writes, layer))
+            hooks.after(block.attn_write, keep(into.writes, layer, sites.scaled))
             if into.raw is not None:
                 hooks.before(block.block, keep(into.pre, layer))
                 hooks.after(block.o_proj, keep(into.raw, layer))
             if layer == sites.n_layers - 1:
                 hooks.before(residual, keep_both("residual"))
-                hooks.after(block.attn_write, keep_both("write"))
+                hooks.after(block.attn_write, keep_both("write", sites.scaled))
                 hooks.before(block.mlp, keep_both("mlp_input"))
                 hooks.before(block.mlp, _stop)
             elif into.dmlp is not None:
-                hooks.after(block.mlp_write, difference(into.dmlp, layer))
+                hooks.after(block.mlp_write, difference(into.dmlp, layer, sites.scaled))
         yield last
 
 
@@ -213,6 +218,7 @@ def _finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slic
     write = output_of(block.mlp, last["mlp_input"][None])
     if block.mlp_post_norm is not None:
         write = block.mlp_post_norm(write)
+    write = sites.scaled(write)
     if into.dmlp is not None:
         _put_difference(into.dmlp[-1, at], write[0])
     if sites.parallel:

@@ -91,7 +91,8 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
     for layer, w_o in enumerate(checker.w_o):
         # what attention writes must be the sum of what its heads write
         clean, changed = (c.writes if c.raw is None else c.raw for c in (forward, backward))
-        found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean.dtype))
+        scale = sites.residual_scale if forward.raw is None else 1.0
+        found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean.dtype), alpha=scale)
         size = max(float(clean[layer].abs().max()), float(changed[layer].abs().max()))
         _compare(sites, f"layer {layer}, attention write", found, changed[layer], size)
     if state is not None:

@@ -28,11 +28,11 @@ class RowLogits:
 
 
 class Norm:
-    """A norm as one fused op, or the model's own module where it is not the known pattern."""
+    """A norm as one fused op, or the model's own module where it is not the known pattern; None changes nothing."""
 
-    def __init__(self, sites: ModelSites, module: nn.Module, backend: str) -> None:
+    def __init__(self, sites: ModelSites, module: nn.Module | None, backend: str) -> None:
         self.module, self.dtype, self.backend = module, sites.dtype, backend
-        self.weights: NormWeights | None = read_norm(sites, module)
+        self.weights: NormWeights | None = None if module is None else read_norm(sites, module)
 
     def __call__(self, rows: Tensor, delta: Tensor | None, write: Tensor | None, out: Tensor) -> None:
         """``rows += delta + write`` in place, ``out = norm(rows)``."""
@@ -44,7 +44,7 @@ class Norm:
             rows.add_(delta)
         if write is not None:
             rows.add_(write)
-        out.copy_(self.module(rows.to(self.dtype)))
+        out.copy_(rows if self.module is None else self.module(rows.to(self.dtype)))
 
 
 def split(n: int, size: int) -> list[tuple[int, int]]:
@@ -119,7 +119,8 @@ class Readout:
                     w.eps,
                     w.kind,
                     self.rows,
-                    self.bias,
+                    None if self.bias is None else self.bias * self.sites.logit_scale,  # added behind the scale
+                    scale=self.sites.logit_scale,
                     softcap=self.sites.softcap,
                     out=logits[low - a : high - a],
                     backend=self.backend,
@@ -132,15 +133,16 @@ class Readout:
         value = (hidden.to(wide)[..., None, :] * self.rows.to(wide)).sum(-1)
         if self.bias is not None:
             value = value + self.bias.to(wide)
-        cap = self.sites.softcap
-        return torch.tanh(value / cap) * cap if cap else value
+        return self.sites.logits_of(value)
 
     def log_sum_exp(self, hidden: Tensor) -> Tensor:
         """Log-sum-exp over the vocabulary: [..., d_model] -> [...]; no [..., d_vocab] is held."""
+        bias, scale = self.unembed.bias, self.sites.logit_scale
         flat = ops.vocab_logsumexp(
             hidden.flatten(0, -2),
             self.unembed.matrix.t(),
-            self.unembed.bias,
+            None if bias is None else bias * scale,
+            scale=scale,
             softcap=self.sites.softcap,
             backend=self.backend,
         )

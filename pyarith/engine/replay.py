@@ -84,10 +84,10 @@ def frozen_entries(sites: ModelSites, heads: tuple[tuple[int, ...], ...], mlps: 
 
 
 class Mlp:
-    """``target = mlp(x)`` or ``target += mlp(x)``, fused where the MLP is a known pattern."""
+    """``target = mlp(x)`` or ``target += scale * mlp(x)``, fused where the MLP is a known pattern."""
 
     def __init__(self, sites: ModelSites, module: nn.Module, backend: str) -> None:
-        self.module, self.backend = module, backend
+        self.module, self.backend, self.scale = module, backend, sites.residual_scale
         self.weights = read_mlp(sites, module)
 
     @property
@@ -96,8 +96,9 @@ class Mlp:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias that ``add_to`` leaves to its caller."""
-        return self.weights.down.bias if self.weights is not None else None
+        """The bias, scaled, that ``add_to`` leaves to its caller."""
+        bias = self.weights.down.bias if self.weights is not None else None
+        return bias if bias is None or self.scale == 1.0 else bias * self.scale
 
     def _hidden(self, x: Tensor, work: Tensor) -> Tensor:
         w = self.weights
@@ -125,13 +126,13 @@ class Mlp:
         self.weights.down.apply(self._hidden(flat, work), target.flatten(0, 1))
 
     def add_to(self, x: Tensor, rows: Tensor, work: Tensor) -> None:
-        """``rows += mlp(x) - bias`` in the GEMM itself; the caller owes ``bias``."""
+        """``rows += scale * mlp(x) - bias`` in the GEMM itself; the caller owes ``bias``."""
         if self.weights is None:
-            rows.add_(output_of(self.module, x))
+            rows.add_(output_of(self.module, x), alpha=self.scale)
             return
         flat = rows.flatten(0, 1)
         hidden = self._hidden(x.flatten(0, 1), work)
-        torch.addmm(flat, hidden, self.weights.down.matrix, out=flat)
+        torch.addmm(flat, hidden, self.weights.down.matrix, alpha=self.scale, out=flat)
 
 
 class Replay:
@@ -261,7 +262,7 @@ class Replay:
             senders = rows[entry.start : entry.mlp_row]
             post = self.attn_post[layer]
             if post is None:
-                ops.head_write_rows(base, dz, w_o, out=senders, backend=self.backend)
+                ops.head_write_rows(base, sites.scaled(dz), w_o, out=senders, backend=self.backend)
             else:
                 # the norm after attention is not linear: the whole write is recomputed, for the identity row too
                 assert captured.raw is not None and captured.pre is not None
@@ -270,8 +271,8 @@ class Replay:
                 raw[-1].copy_(captured.raw[layer])
                 write = self._buffer("write", tuple(raw.shape), sites.dtype)
                 post(raw, None, None, write)
-                torch.add(write[:-1], captured.pre[layer], out=senders)
-                torch.add(write[-1], captured.pre[layer], out=identity)
+                torch.add(captured.pre[layer], write[:-1], alpha=sites.residual_scale, out=senders)
+                torch.add(captured.pre[layer], write[-1], alpha=sites.residual_scale, out=identity)
         if entry.mlp_layer is not None:
             assert captured.dmlp is not None
             torch.add(identity, captured.dmlp[entry.mlp_layer], out=rows[entry.mlp_row])
@@ -294,6 +295,8 @@ class Replay:
             if post is not None:
                 raw = self._buffer("post", (b - a, *rows.shape[1:]), rows.dtype)
                 post(raw.copy_(waiting[a:b]), None, None, waiting[a:b])
+            if mlp.scale != 1.0:
+                waiting[a:b].mul_(mlp.scale)
         return mlp.bias if waiting is None else None
 
     def _read(

@@ -21,7 +21,7 @@ from pyarith.engine.store import Store, circumstances
 from pyarith.engine.sweep_collect import Options, Prompts
 from pyarith.engine.sweep_run import run
 from pyarith.errors import BackendError, InputTypeError, check
-from pyarith.models.sites import ModelSites, resolve
+from pyarith.models.sites import ModelSites, refuse_own_attention, resolve
 from pyarith.ops._registry import NAMES as BACKENDS
 from pyarith.prompts import PromptPairs
 
@@ -92,7 +92,8 @@ def ablation_sweep(
 
     Raises:
         InputError, InputTypeError: an argument is wrong; absent heads are all named.
-        UnsupportedModelError: the model's family, wrapping or placement is not supported, and why.
+        UnsupportedModelError: the model's family, wrapping or placement is not supported, and why; with
+            ``positions="end"`` families whose attention does not go through the ``AttentionInterface``.
         SelfCheckError: with nothing ablated the sweep does not give the model's own logits, or a literal re-run
             contradicts it.
         NonFiniteError: NaN or infinity met.
@@ -125,6 +126,8 @@ def ablation_sweep(
     )
     budget, store = parse_bytes(memory_budget), Store(resume)
     sites = resolve(model)
+    if positions == "end":
+        refuse_own_attention(sites, "positions='end'", "use positions='all'")
     wanted = parse_sets(sets, sites.n_layers, sites.n_heads)
     backends = _backends(sites, backend)
     prompts = _prompts(sites, input_ids, answers, attention_mask, foils)

@@ -237,14 +237,15 @@ class Carrier:
         )
         self._attend(layer, rows, clean.arguments[layer], now)
         assert now.write is not None
+        written = self.sites.scaled(now.write)
         if end:
             target.copy_(rows[:, torch.arange(clean.batch, device=rows.device), clean.ends][:, :, None])
         found = None
         if keep:
             assert now.z is not None
-            write = now.write[: clean.batch].to(target.dtype)
+            write = written[: clean.batch].to(target.dtype)
             found = _Identity(now.z, target[0].clone(), write, target[0])
-        self._mlp(layer, target, now.write.view(target.shape), chunk.mlps[a : a + n, layer], values)
+        self._mlp(layer, target, written.view(target.shape), chunk.mlps[a : a + n, layer], values)
         return found
 
     def _attend(self, layer: int, rows: Tensor, arguments: Arguments, now: _Attention) -> None:
@@ -257,7 +258,10 @@ class Carrier:
             self._now = None
 
     def _mlp(self, layer: int, rows: Tensor, write: Tensor | None, ablated: NDArray[np.bool_], values: Values) -> None:
-        """rows += write; rows += MLP(norm(rows)), (parallel: of rows before); [variant, batch, pos, d_model]."""
+        """rows += write; rows += scale * MLP(norm(rows)), (parallel: of rows before); [variant, batch, pos, d_model].
+
+        ``write`` is scaled already, the baseline of an ablated MLP is not.
+        """
         replay, sites = self.replay, self.sites
         norm, mlp, post = replay.mlp_norms[layer], replay.mlps[layer], replay.mlp_post[layer]
         flat = rows.flatten(1, 2)
@@ -287,14 +291,14 @@ class Carrier:
                 shape = (len(index), *rows.shape[1:])
                 new = waiting.new_zeros(()) if value is None else value
                 waiting.view(rows.shape)[index] = new.expand(shape).to(waiting.dtype)
-            flat.add_(waiting)
+            flat.add_(sites.scaled(waiting))
         if sites.parallel and write is not None:
             flat.add_(write)
 
     def _add_baseline(self, layer: int, rows: Tensor, values: Values) -> None:
         value = values.mlps(layer, end=rows.shape[2] == 1)
         if value is not None:
-            rows.add_(value)
+            rows.add_(self.sites.scaled(value))
 
     # sets that start at a layer
 
@@ -318,9 +322,10 @@ class Carrier:
         for i, j in split(len(rows), self._variants(clean, rows.shape[2], tokens)):
             part = rows[i:j]
             if self.sites.blocks[layer].attn_post_norm is None:
-                self._head_writes(layer, base.flatten(0, 1), dz, heads[i:j], part.flatten(1, 2))
+                self._head_writes(layer, base.flatten(0, 1), self.sites.scaled(dz), heads[i:j], part.flatten(1, 2))
             else:
-                torch.add(self._normed_writes(layer, z, value, heads[i:j]), identity.pre, out=part)
+                written = self._normed_writes(layer, z, value, heads[i:j])
+                torch.add(self.sites.scaled(written), identity.pre, out=part)
             if not self.sites.parallel:
                 self._mlp(layer, part, None, mlps[i:j], values)
             elif mlps[i:j].any():
@@ -328,7 +333,7 @@ class Carrier:
                 index = torch.from_numpy(mlps[i:j].nonzero()[0]).to(rows.device)
                 change = identity.pre + identity.write - identity.post
                 ablated = values.mlps(layer, end=rows.shape[2] == 1)
-                part[index] += change if ablated is None else change + ablated
+                part[index] += change if ablated is None else change + self.sites.scaled(ablated)
 
     def _head_writes(self, layer: int, base: Tensor, dz: Tensor, heads: NDArray[np.bool_], out: Tensor) -> None:
         """out[set] = base + sum over the set's heads of dz[:, h] @ W_O[:, h].T; dz [tokens, head, d_head]."""

@@ -208,9 +208,7 @@ def _log_probability(model: Any, prompts: list[list[int]], answers: list[list[in
     hidden = sites.decoder(**inputs, return_dict=True).last_hidden_state
     spans = [range(len(p) - 1, len(p) + len(a) - 1) for p, a in zip(prompts, answers, strict=True)]
     places = torch.tensor([(i, at) for i, span in enumerate(spans) for at in span], device=sites.device)
-    logits = sites.unembed(hidden[places[:, 0], places[:, 1]]).double()
-    if sites.softcap:
-        logits = torch.tanh(logits / sites.softcap) * sites.softcap
+    logits = sites.logits_of(sites.unembed(hidden[places[:, 0], places[:, 1]]).double())
     if not bool(logits.isfinite().all()):
         raise InputError("model: the logits of some prompts are not finite")
     targets = torch.tensor([token for answer in answers for token in answer], device=sites.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyarith.errors import InputTypeError, UnsupportedModelError, check
 from pyarith.models.families import FAMILIES
@@ -25,18 +25,23 @@ class BlockSites:
     block: nn.Module
     o_proj: nn.Module
     attn_post_norm: nn.Module | None
-    mlp_norm: nn.Module
+    mlp_norm: nn.Module | None
     mlp: nn.Module
     mlp_post_norm: nn.Module | None
 
     @property
+    def mlp_reads(self) -> nn.Module:
+        """The module whose input is the residual stream that the MLP reads."""
+        return self.mlp_norm if self.mlp_norm is not None else self.mlp
+
+    @property
     def attn_write(self) -> nn.Module:
-        """The module whose output attention adds to the residual stream."""
+        """The module whose output attention adds to the residual stream, times ``ModelSites.residual_scale``."""
         return self.attn_post_norm if self.attn_post_norm is not None else self.o_proj
 
     @property
     def mlp_write(self) -> nn.Module:
-        """The module whose output the MLP adds to the residual stream."""
+        """The module whose output the MLP adds to the residual stream, times ``ModelSites.residual_scale``."""
         return self.mlp_post_norm if self.mlp_post_norm is not None else self.mlp
 
 
@@ -44,8 +49,9 @@ class BlockSites:
 class ModelSites:
     """A supported model: its family, sizes and the modules that the engine needs.
 
-    ``d_head`` comes from the config where the config gives it; ``windows[layer]`` is the sliding
-    window of a layer in tokens, or None.
+    ``spec`` is the family's with the variants of this model's config applied; ``d_head`` comes from the config where
+    the config gives it; ``windows[layer]`` is the sliding window of a layer in tokens, or None; ``residual_scale`` and
+    ``logit_scale`` are factors on what blocks write and on the logits (before the softcap), 1 in most families.
     """
 
     model: nn.Module
@@ -56,6 +62,8 @@ class ModelSites:
     unembed: nn.Module
     parallel: bool
     softcap: float
+    residual_scale: float
+    logit_scale: float
     n_heads: int
     n_kv_heads: int
     d_head: int
@@ -93,8 +101,9 @@ class ModelSites:
         spec = self.spec.qkv
         if spec.qkv is None:
             return {"q": spec.q, "k": spec.k, "v": spec.v}[part], head * self.d_head
-        if spec.order == "per_head":
-            return spec.qkv, (3 * head + "qkv".index(part)) * self.d_head
+        if spec.order == "by_group":
+            group, place = (head // self.group, head % self.group) if part == "q" else (head, self.group)
+            return spec.qkv, (group * (self.group + 2) + place + (part == "v")) * self.d_head
         before = {"q": 0, "k": self.n_heads, "v": self.n_heads + self.n_kv_heads}[part]
         return spec.qkv, (before + head) * self.d_head
 
@@ -103,13 +112,23 @@ class ModelSites:
         """Dtype of residual rows: fp32, or fp64 for fp64 models."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    def scaled(self, write: Tensor) -> Tensor:
+        """What a block adds to the residual stream, of what its attention or MLP gives."""
+        return write if self.residual_scale == 1.0 else write * self.residual_scale
+
+    def logits_of(self, unembedded: Tensor) -> Tensor:
+        """The model's logits, of what its unembedding gives: scaled and capped."""
+        if self.logit_scale != 1.0:
+            unembedded = unembedded * self.logit_scale
+        return torch.tanh(unembedded / self.softcap) * self.softcap if self.softcap else unembedded
+
 
 def length_limits(sites: ModelSites) -> list[tuple[str, int]]:
-    """(what, tokens) beyond which the model changes or fails: learned positions, and ropes that depend on the length
+    """(what, tokens) beyond which the model changes or fails: tables of positions, and ropes that depend on the length
     of whatever goes through the model together, so that a prompt's numbers would depend on its company."""
     config, limits = sites.config, []
-    if sites.spec.learned_positions:
-        limits.append(("learned positions (config.max_position_embeddings)", config.max_position_embeddings))
+    if sites.spec.position_table:
+        limits.append((f"{sites.spec.position_table} (config.max_position_embeddings)", config.max_position_embeddings))
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
         kind = str(rope.get("rope_type", ""))
@@ -161,6 +180,7 @@ def resolve(model: Any) -> ModelSites:
         raise UnsupportedModelError(
             "model: quantised weights are not supported yet; load the model in fp32, bf16 or fp16"
         )
+    spec = spec.of(config)
     for attribute, reason in spec.refuse_if:
         if getattr(config, attribute, False):
             raise UnsupportedModelError(f"model: family {spec.name!r} with config.{attribute} is refused: {reason}")
@@ -224,7 +244,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
                 block=block,
                 o_proj=o_proj,
                 attn_post_norm=optional(spec.attn_post_norm),
-                mlp_norm=find(block, spec.mlp_norm, where),
+                mlp_norm=optional(spec.mlp_norm),
                 mlp=find(block, spec.mlp, where),
                 mlp_post_norm=optional(spec.mlp_post_norm),
             )
@@ -237,7 +257,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
     _refuse_shared(spec, blocks)
     unembed = find(model, spec.unembed, "model")
     unembed_weight: Any = unembed.weight
-    parallel = getattr(config, spec.parallel) if isinstance(spec.parallel, str) else spec.parallel
+    kv_heads = getattr(config, spec.kv_heads, None) if isinstance(spec.kv_heads, str) else spec.kv_heads
     return ModelSites(
         model=model,
         spec=spec,
@@ -245,16 +265,44 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         blocks=tuple(blocks),
         final_norm=find(decoder, spec.final_norm, "decoder"),
         unembed=unembed,
-        parallel=bool(parallel),
+        parallel=spec.parallel,
         softcap=float((getattr(config, spec.softcap) if spec.softcap else None) or 0.0),
+        residual_scale=_factor(config, spec.residual_multiplier),
+        logit_scale=_factor(config, spec.logit_multiplier) / _factor(config, spec.logit_divisor),
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        n_kv_heads=kv_heads or n_heads,
         d_head=d_head,
         d_model=config.hidden_size,
         d_vocab=unembed_weight.shape[0],
         windows=_windows(config, len(blocks)),
         device=device,
         dtype=dtype,
+    )
+
+
+def _factor(config: Any, attribute: str | None) -> float:
+    """The factor that a config attribute holds; 1 where the family has none.
+
+    Raises:
+        UnsupportedModelError: it is not a positive number.
+    """
+    value = 1.0 if attribute is None else getattr(config, attribute)
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UnsupportedModelError(
+            f"model: expected a positive number as config.{attribute}, got {value!r}; with 0 nothing would be left of "
+            "what it multiplies"
+        )
+    return float(value)
+
+
+def refuse_own_attention(sites: ModelSites, what: str, instead: str) -> None:
+    """Raise UnsupportedModelError where attention cannot be replaced or watched: it does not call the
+    ``AttentionInterface`` of transformers."""
+    check(
+        not sites.spec.own_attention,
+        f"{what}: family {sites.spec.name!r} computes attention outside transformers' AttentionInterface, where {what} "
+        f"works; {instead}",
+        UnsupportedModelError,
     )
 
 

@@ -97,9 +97,15 @@ def takes_in_first(module: nn.Module) -> bool:
     return _from_library(module, "Conv1D")  # by name: importing transformers' class would cost start-up time
 
 
+def adds_bias_apart(module: nn.Module) -> bool:
+    """Whether a projection rounds its product before it adds the bias, as FalconLinear does."""
+    return _from_library(module, "FalconLinear")
+
+
 def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and Conv1D themselves, with their class's own forward; hooks around it do not matter."""
-    known = type(module) is nn.Linear or takes_in_first(module)
+    """True for nn.Linear, Conv1D and FalconLinear themselves, with their class's own forward; hooks around it do not
+    matter."""
+    known = type(module) is nn.Linear or takes_in_first(module) or adds_bias_apart(module)
     return known and "forward" not in vars(module) and not hasattr(module, "parametrizations")
 
 

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyarith import ops
+from pyarith.models.weights import adds_bias_apart, takes_in_first
 from pyarith.tuning.slices import Ranges
+
+
+@dataclass(frozen=True)
+class How:
+    """How a projection computes.
+
+    Attributes:
+        in_first: its weight is [in, out] (Conv1D), not [out, in].
+        bias_apart: its product is rounded before the bias is added (FalconLinear).
+    """
+
+    in_first: bool
+    bias_apart: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> How:
+        return cls(takes_in_first(module), adds_bias_apart(module))
 
 
 class SlicedLinear(torch.autograd.Function):
@@ -27,17 +46,17 @@ class SlicedLinear(torch.autograd.Function):
         bias: Tensor | None,
         part: Tensor | None,
         bias_part: Tensor | None,
-        in_first: bool,
+        how: How,
         outputs: bool,
         ranges: Ranges | None,
     ) -> Tensor:
-        y = project(x, weight, bias, in_first)
+        y = project(x, weight, bias, how)
         kept = None
         if part is not None and part.requires_grad:
             # columns of W meet only their own features of x; autocast computed in the dtype of y
             kept = (x if outputs else _taken(x, ranges)).to(y.dtype)
         ctx.save_for_backward(weight, *([] if kept is None else [kept]))
-        ctx.in_first, ctx.outputs, ctx.ranges, ctx.dtype = in_first, outputs, ranges, x.dtype
+        ctx.in_first, ctx.outputs, ctx.ranges, ctx.dtype = how.in_first, outputs, ranges, x.dtype
         ctx.parts = (None if part is None else part.dtype, None if bias_part is None else bias_part.dtype)
         return y
 
@@ -63,9 +82,12 @@ class SlicedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_part, grad_bias, None, None, None
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, in_first: bool) -> Tensor:
-    """The forward of nn.Linear or, with ``in_first``, of Conv1D, by the same calls."""
-    if not in_first:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
+    """The forward of nn.Linear, Conv1D or FalconLinear, by the same calls."""
+    if how.bias_apart:
+        y = x @ weight.T
+        return y if bias is None else y + bias
+    if not how.in_first:
         return F.linear(x, weight, bias)
     assert bias is not None  # Conv1D always has one
     return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])

@@ -46,18 +46,26 @@ def label_loss(sites: ModelSites, labels: Tensor, *, reduction: str = "mean", **
     hidden = sites.decoder(**inputs, use_cache=False)[0][:, :-1][counted]
     targets = targets[counted]
     check(len(targets) > 0, "labels: expected at least one label other than -100 after the first position")
-    scale = 1.0 / len(targets) if reduction == "mean" else 1.0
-    loss: Tensor = _VocabLoss.apply(hidden, weight, targets, sites.softcap, scale, sites.row_dtype)
+    share = 1.0 / len(targets) if reduction == "mean" else 1.0
+    factors = (share, sites.logit_scale, sites.softcap)
+    loss: Tensor = _VocabLoss.apply(hidden, weight, targets, factors, sites.row_dtype)
     return loss
 
 
 class _VocabLoss(torch.autograd.Function):
-    """scale * sum over rows of logsumexp(h W^T) - (h W^T)[target]; the gradient for h is made in the forward pass."""
+    """share * sum over rows of logsumexp(y) - y[target], y = cap(scale * h W^T); the gradient for h is made in the
+    forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, scale: float, wide: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        factors: tuple[float, float, float],
+        wide: torch.dtype,
     ) -> Tensor:
+        share, scale, cap = factors
         rows = max(16, _CHUNK_BYTES // (weight.shape[0] * wide.itemsize))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -66,6 +74,8 @@ class _VocabLoss(torch.autograd.Function):
             part, goal = hidden[start : start + rows], targets[start : start + rows, None]
             narrow = torch.mm(part, weight.t(), out=buffer[: len(part)])
             logits = narrow.to(wide)  # fp32 itself, or a copy of 16-bit logits, as transformers makes
+            if scale != 1.0:
+                logits = logits.mul_(scale)
             slope = None
             if cap:
                 logits = logits.div_(cap).tanh_()
@@ -85,11 +95,11 @@ class _VocabLoss(torch.autograd.Function):
                 aim = slope.gather(1, goal)
             pushed = (weights.to(weight.dtype) @ weight).to(wide) / mass
             pulled = weight[goal[:, 0]].to(wide) * aim
-            grad[start : start + rows] = (pushed - pulled).mul_(scale)
+            grad[start : start + rows] = (pushed - pulled).mul_(share * scale)
         ctx.save_for_backward(*([] if grad is None else [grad]))
-        return total * scale
+        return total * share
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None

@@ -14,9 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyarith.engine.ablation import check_targets
 from pyarith.errors import InputError, UnsupportedModelError, check
 from pyarith.models.sites import SLICES, resolve
-from pyarith.models.weights import takes_in_first
 from pyarith.tuning.delta import LOADED, Base, save_delta
-from pyarith.tuning.linear import SlicedLinear, project
+from pyarith.tuning.linear import How, SlicedLinear, project
 from pyarith.tuning.slices import Slice, head_slices, mlp_slices
 from pyarith.types import Head
 
@@ -296,7 +295,7 @@ class SelectiveTuner:
 
     def _forward(self, module: Any, numbers: dict[str, int]) -> Any:
         """The forward of one projection while attached."""
-        one, in_first = self.slices[numbers["weight"]], takes_in_first(module)
+        one, how = self.slices[numbers["weight"]], How.of(module)
         ranges, values = (None if one.whole else one.ranges), self._store.values
 
         def forward(x: Tensor) -> Tensor:
@@ -305,10 +304,10 @@ class SelectiveTuner:
                     self._write_changed(number)
             weight, bias = module.weight, module.bias
             if not torch.is_grad_enabled():
-                return project(x, weight, bias, in_first)
+                return project(x, weight, bias, how)
             bias_part = values[numbers["bias"]] if "bias" in numbers else None
             part = values[numbers["weight"]]
-            out: Tensor = SlicedLinear.apply(x, weight, bias, part, bias_part, in_first, one.outputs, ranges)
+            out: Tensor = SlicedLinear.apply(x, weight, bias, part, bias_part, how, one.outputs, ranges)
             return out
 
         return forward
