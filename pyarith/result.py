@@ -27,6 +27,15 @@ _RECORD = "result.json"
 _FORMAT = 1
 
 
+def _mean(values: Array) -> Array:
+    """Mean over the last axis in fp64. An adaptive run has NaN where a head was not run: those prompts are left out."""
+    known = ~np.isnan(values)
+    if known.all():
+        return np.asarray(values.mean(-1, dtype=np.float64))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, values, 0).sum(-1, dtype=np.float64) / known.sum(-1))
+
+
 class RankedHead(NamedTuple):
     """One line of a ranking: relative effect (mean of ratios) and mean change of the answer's logit."""
 
@@ -57,6 +66,9 @@ class PatchResult:
         verification_error: max |literal re-run - replay| in logits over the verified senders, or None.
         semantics: which quantity this is, and the peer function that it equals.
         settings: everything that made the run: model, senders, blocks, backends, timings, versions.
+
+    In an adaptive run (``discover`` with ``top_k``) heads are NaN on the prompts that they were not run on, and so are
+    identity rows of layers without a head; effects are means over the other prompts.
     """
 
     clean_logits: Array
@@ -115,7 +127,7 @@ class PatchResult:
                 stacklevel=3,
             )
             return np.full(changes.shape[:-1], np.nan, changes.dtype)
-        return (changes[..., usable] / self.clean_logits[usable]).mean(-1, dtype=np.float64)
+        return _mean(changes[..., usable] / self.clean_logits[usable])
 
     @property
     def head_effects(self) -> Array | None:
@@ -142,7 +154,7 @@ class PatchResult:
         if effects is None or changes is None:
             raise InputError("top: heads were not among the senders; call fast_patch with senders=('heads',)")
         order = np.argsort(effects, axis=None, kind="stable")[:k]
-        mean = changes.mean(-1, dtype=np.float64)
+        mean = _mean(changes)
         heads = [Head(*map(int, np.unravel_index(i, effects.shape))) for i in order]
         return [RankedHead(head, float(effects[head]), float(mean[head])) for head in heads]
 
@@ -215,7 +227,7 @@ class PatchResult:
         ):
             if effects is None or changes is None:
                 continue
-            mean = changes.mean(-1, dtype=np.float64)
+            mean = _mean(changes)
             for index in np.ndindex(effects.shape):
                 yield {
                     "kind": kind,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyarith.discovery.adaptive import TopHeads, find_top
 from pyarith.discovery.patching import fast_patch
 from pyarith.engine import guard
 from pyarith.errors import InputError, InputTypeError, check
@@ -29,9 +30,11 @@ class Discovery:
         result: effects of all heads and MLPs on these prompts.
         correct: bool [batch], the answer is the intact model's first choice after the clean prompt.
         still_correct: bool [batch], it is so after the corrupted prompt too: there the corruption removes nothing.
-        n_wrong: prompts answered wrongly among those that were given.
+        n_wrong: prompts answered wrongly among those that were given (with ``top_k`` and without ``only_correct``:
+            among those that were needed).
         n_left_out: of these, the ones left out (all with ``only_correct``, else none).
         seconds: wall-clock time of each step.
+        top: with ``top_k``, the top heads and how sure they are; then ``pairs`` are the prompts that were needed.
     """
 
     pairs: PromptPairs
@@ -41,6 +44,7 @@ class Discovery:
     n_wrong: int
     n_left_out: int
     seconds: dict[str, float] = field(default_factory=dict)
+    top: TopHeads | None = None
 
     def summary(self, threshold: float = -0.05) -> dict[str, Any]:
         """The numbers to print beside any ranking, ready for JSON.
@@ -70,30 +74,52 @@ class Discovery:
         }
 
 
-def discover(model: Any, pairs: PromptPairs, *, only_correct: bool = False, **options: Any) -> Discovery:
+def discover(
+    model: Any,
+    pairs: PromptPairs,
+    *,
+    only_correct: bool = False,
+    top_k: int | None = None,
+    confidence: float = 0.95,
+    tolerance: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Discovery:
     """Path patching of every head and MLP on ``pairs``, with the model's accuracy on them.
+
+    With ``top_k`` the heads are raced for the k most negative mean changes of the answer's logit (patched minus
+    identity row, sign kept; mean over operand pairs, or items, of their mean over prompts). Prompts come in rounds, in
+    a random order of the operand pairs; after each round the heads that are surely in or surely out are run no more.
+    It ends when all are decided or the prompts are spent. All decisions are right together with the stated confidence,
+    asymptotically in the number of operand pairs (confidence sequences, corrected over heads: ``pyarith.stats.race``);
+    a head that acts on fewer than about a tenth of the pairs may be judged by the others. MLPs are not run.
 
     Args:
         model: a supported Hugging Face causal LM; never changed.
         pairs: from ``pa.tasks.arithmetic`` or ``PromptPairs.from_text``.
         only_correct: leave out the prompts that the model answers wrongly, and count them.
+        top_k: number of heads to find; None runs all heads and MLPs on all prompts.
+        confidence, tolerance, seed: only with ``top_k``: of all decisions together; heads whose mean changes differ by
+            no more logits than the tolerance count as ties (None: the noise floor of the run); of the order.
         options: keyword arguments of ``fast_patch`` (``senders``, ``mlps``, ``memory_budget``, ``verify``, ...).
     Returns:
         A ``Discovery``.
     Raises:
         InputTypeError: ``pairs`` is something else.
-        InputError: ``only_correct`` and every prompt is answered wrongly.
+        InputError: ``only_correct`` and every prompt is answered wrongly; ``top_k`` with prompts that have no operand
+            pairs or items, or fewer than 5; a wrong ``top_k``, ``confidence`` or ``tolerance``.
         Whatever ``fast_patch`` raises.
-    References: Zhang et al. 2024, arXiv:2409.01659, sec. 3.
+    References: Zhang et al. 2024, arXiv:2409.01659, sec. 3; Waudby-Smith et al. 2021, arXiv:2103.06476.
     """
     given = isinstance(pairs, PromptPairs)
     check(given, f"pairs: expected PromptPairs, got {type(pairs).__name__}; see pa.tasks.arithmetic", InputTypeError)
     check(len(pairs) > 0, "pairs: expected at least one, got none")
     sites = resolve(model)
+    check(top_k is not None or tolerance is None, f"tolerance: expected None without top_k, got {tolerance!r}")
     start = time.perf_counter()
-    correct, still = _answered(sites, pairs)
+    at_once = only_correct or top_k is None  # else only the prompts that the race needed are looked at, after it
+    correct, still = _answered(sites, pairs) if at_once else np.ones((2, len(pairs)), bool)
     middle = time.perf_counter()
-    n_wrong = int((~correct).sum())
     kept = correct if only_correct else np.ones_like(correct)
     if not kept.any():
         raise InputError(
@@ -101,15 +127,28 @@ def discover(model: Any, pairs: PromptPairs, *, only_correct: bool = False, **op
             f"it, or look at what the model answers to {pairs.prompts[0]!r}"
         )
     used = pairs if kept.all() else pairs.subset(kept)
-    result = fast_patch(model, used, **options)
+    n_wrong, n_left_out = int((~correct).sum()), len(pairs) - len(used)
+    correct, still, top = correct[kept], still[kept], None
+    if top_k is None:
+        result = fast_patch(model, used, **options)
+    else:
+        shape = sites.n_layers, sites.n_heads
+        race: dict[str, Any] = {"confidence": confidence, "tolerance": tolerance, "seed": seed}
+        top, result, order = find_top(model, used, shape, top_k, **race, **options)
+        used, correct, still = used.subset(order), correct[order], still[order]
+    patched = time.perf_counter()
+    if not at_once:
+        correct, still = _answered(sites, used)
+        n_wrong = int((~correct).sum())
     return Discovery(
         pairs=used,
         result=result,
-        correct=correct[kept],
-        still_correct=still[kept],
+        correct=correct,
+        still_correct=still,
         n_wrong=n_wrong,
-        n_left_out=len(pairs) - len(used),
-        seconds={"answers": middle - start, "patching": time.perf_counter() - middle},
+        n_left_out=n_left_out,
+        seconds={"answers": middle - start + time.perf_counter() - patched, "patching": patched - middle},
+        top=top,
     )
 
 

@@ -141,7 +141,7 @@ def patch(
     checked = [make_batch(sites, **batch) for batch in list(batches)]
     check(len(checked) > 0, "clean: expected at least one batch, got an empty iterable")
     results = []
-    bar = _Progress(progress, sum(map(len, checked)))
+    bar = Progress(progress, sum(map(len, checked)))
     with guard.untouched(model), bar:
         for batch in checked:
             options = Options(
@@ -262,7 +262,7 @@ def _settings(
     }
 
 
-class _Progress:
+class Progress:
     """The bar, or the caller's function; prompts of all batches count together."""
 
     def __init__(self, progress: bool | Callable[[int, int], None] | None, total: int) -> None:
@@ -271,7 +271,7 @@ class _Progress:
         self._show = progress is True or (progress is None and sys.stderr.isatty())
         self._bar: Any = None
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         if self._show:
             from tqdm.auto import tqdm
 
