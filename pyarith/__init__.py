@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pyarith.engine.baselines import ZeroAblation as ZeroAblation
     from pyarith.engine.boost import boost as boost
     from pyarith.engine.sweep import ablation_sweep as ablation_sweep
+    from pyarith.models.streaming import stream_checkpoint as stream_checkpoint
     from pyarith.prompts import PromptPairs as PromptPairs
     from pyarith.result import PatchResult as PatchResult
     from pyarith.tuning import DeltaBank as DeltaBank
@@ -52,6 +53,7 @@ _PUBLIC = {
     "MeanAblation": "pyarith.engine.baselines",
     "ResampleAblation": "pyarith.engine.baselines",
     "boost": "pyarith.engine.boost",
+    "stream_checkpoint": "pyarith.models.streaming",
     "SelectiveTuner": "pyarith.tuning",
     "TuneSettings": "pyarith.tuning",
     "precise_sft": "pyarith.tuning",

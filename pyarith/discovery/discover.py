@@ -15,6 +15,7 @@ from pyarith.discovery.patching import fast_patch
 from pyarith.engine import guard
 from pyarith.errors import InputError, InputTypeError, check
 from pyarith.models.sites import ModelSites, resolve
+from pyarith.models.streaming import opened
 from pyarith.prompts import PromptPairs
 from pyarith.result import PatchResult
 
@@ -95,7 +96,7 @@ def discover(
     a head that acts on fewer than about a tenth of the pairs may be judged by the others. MLPs are not run.
 
     Args:
-        model: a supported Hugging Face causal LM; never changed.
+        model: a supported Hugging Face causal LM, never changed, or the folder of its checkpoint (``stream_checkpoint``).
         pairs: from ``pa.tasks.arithmetic`` or ``PromptPairs.from_text``.
         only_correct: leave out the prompts that the model answers wrongly, and count them.
         top_k: number of heads to find; None runs all heads and MLPs on all prompts.
@@ -114,7 +115,8 @@ def discover(
     given = isinstance(pairs, PromptPairs)
     check(given, f"pairs: expected PromptPairs, got {type(pairs).__name__}; see pa.tasks.arithmetic", InputTypeError)
     check(len(pairs) > 0, "pairs: expected at least one, got none")
-    sites = resolve(model)
+    model = opened(model)
+    sites = resolve(model, streams=True)
     check(top_k is not None or tolerance is None, f"tolerance: expected None without top_k, got {tolerance!r}")
     start = time.perf_counter()
     at_once = only_correct or top_k is None  # else only the prompts that the race needed are looked at, after it

@@ -15,6 +15,7 @@ from pyarith.engine.planner import parse_bytes
 from pyarith.engine.run import Options, run
 from pyarith.errors import BackendError, InputTypeError, check
 from pyarith.models.sites import ModelSites, resolve
+from pyarith.models.streaming import opened
 from pyarith.ops._registry import NAMES as BACKENDS
 from pyarith.prompts import PromptPairs
 from pyarith.result import PatchResult
@@ -64,7 +65,8 @@ def fast_patch(
     The model is never changed: training flags, hooks, grad mode and random state are as before, also after an error.
 
     Args:
-        model: a supported Hugging Face causal LM, any device, fp32, fp64, bf16 or fp16.
+        model: a supported Hugging Face causal LM, any device, fp32, fp64, bf16 or fp16; or the folder of its
+            checkpoint, whose weights then never have to fit into memory (``stream_checkpoint``).
         clean, corrupted: int64 [batch, pos] token ids; both prompts of a pair have the same number of real tokens and
             differ somewhere. ``clean`` may also be a ``PromptPairs`` or an iterable of batches (each a ``PromptPairs``
             or a mapping with the names of these arguments); then the other tensors stay None and the result is merged.
@@ -136,6 +138,7 @@ def patch(
         InputTypeError,
     )
     budget = parse_bytes(memory_budget)
+    model = opened(model)
     sites = resolve(model, streams=True)
     backends = _backends(sites, backend)
     checked = [make_batch(sites, **batch) for batch in list(batches)]

@@ -6,7 +6,7 @@ vectors per layer; nothing of shape [batch, pos, head, d_model] ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -88,12 +88,12 @@ def bytes_per_prompt(sites: ModelSites, mlps: bool) -> int:
     return sum(tensor.nbytes for _, tensor in fake.named())
 
 
-class _LastMlp(Exception):
+class LastMlp(Exception):
     """Raised where the last MLP would start: from there on only END is needed."""
 
 
 def _stop(_: Tensor) -> None:
-    raise _LastMlp
+    raise LastMlp
 
 
 class Prefix:
@@ -109,14 +109,15 @@ class Prefix:
             ids = ids.to(sites.device)[None]
             positions = torch.arange(self.length, device=sites.device)[None]
             masks = masks_for(sites, lambda window: causal(self.length, window, sites.device))
-            with Hooks() as hooks, suppress(_LastMlp):
+            with Hooks() as hooks, suppress(LastMlp):
                 hooks.before(sites.blocks[-1].mlp, _stop)  # keys and values are all that is wanted
                 run_decoder(sites, ids, positions, masks, self.cache)
 
-    def forget(self, n: int) -> None:
-        """Drop the ``n`` newest tokens of the cache, which belong to a block of prompts."""
+    def forget(self, n: int, layer: int | None = None) -> None:
+        """Drop the ``n`` newest tokens of the cache (of one layer), which belong to a block of prompts."""
         if self.cache is not None:
-            self.cache.crop(-n)
+            part: Any = self.cache if layer is None else self.cache.layers[layer]
+            part.crop(-n)
 
 
 def masks_for(sites: ModelSites, allowed: Callable[[int | None], Tensor]) -> Any:
@@ -143,8 +144,10 @@ def run_decoder(sites: ModelSites, ids: Tensor, positions: Tensor, masks: Any, c
 
 
 @contextmanager
-def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> Iterator[dict[str, Tensor]]:
-    """Hooks that copy END of every pair into ``into[..., at, :]`` and stop the pass before its last MLP.
+def recording(
+    sites: ModelSites, packed: Packed, into: Captured, at: slice, layers: Iterable[int]
+) -> Iterator[dict[str, Tensor]]:
+    """Hooks on ``layers`` that copy END of every pair into ``into[..., at, :]`` and stop the pass before its last MLP.
 
     Yields what finishes the last block: "mlp_input", "residual" and attention's "write", clean ends then corrupted.
     """
@@ -177,7 +180,8 @@ def recording(sites: ModelSites, packed: Packed, into: Captured, at: slice) -> I
         return call
 
     with Hooks() as hooks:
-        for layer, block in enumerate(sites.blocks):
+        for layer in layers:
+            block = sites.blocks[layer]
             residual = block.block if sites.parallel else block.mlp_reads
             hooks.before(residual, keep(into.base, layer))
             hooks.before(block.o_proj, difference(into.dz, layer))
@@ -201,18 +205,23 @@ def _put_difference(target: Tensor, both: Tensor) -> None:
     target.copy_(corrupted).sub_(clean)
 
 
+def packed_for(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix) -> Packed:
+    """The layout of the pairs ``indices``, on the model's device."""
+    packed = pack(batch, indices, prefix.length) if takes_trees(sites) else pack_plain(batch, indices)
+    return packed.to(sites.device)
+
+
 def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, into: Captured, at: slice) -> None:
     """Run the pairs ``indices`` (clean and corrupted at once) and store END at ``into[..., at, :]``."""
-    packed = pack(batch, indices, prefix.length) if takes_trees(sites) else pack_plain(batch, indices)
-    packed = packed.to(sites.device)
+    packed = packed_for(sites, batch, indices, prefix)
     masks = masks_for(sites, packed.allowed) if packed.padding is None else packed.padding
-    with recording(sites, packed, into, at) as last, suppress(_LastMlp):
+    with recording(sites, packed, into, at, range(sites.n_layers)) as last, suppress(LastMlp):
         run_decoder(sites, packed.input_ids, packed.position_ids, masks, prefix.cache)
     prefix.forget(packed.input_ids.shape[1])
-    _finish(sites, last, into, at)
+    finish(sites, last, into, at)
 
 
-def _finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slice) -> None:
+def finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slice) -> None:
     """The last MLP and the final norm, by the model's own modules, for END only (the self-check covers this)."""
     block = sites.blocks[-1]
     write = output_of(block.mlp, last["mlp_input"][None])

@@ -20,6 +20,7 @@ from pyarith.engine.guard import Hooks
 from pyarith.engine.readout import Readout
 from pyarith.engine.replay import Replay
 from pyarith.errors import SelfCheckError
+from pyarith.models.adapters import adapter_state
 from pyarith.models.sites import ModelSites
 
 # How far recomposed rows may be from the model's own numbers, relative to the largest logit in play. fp64 models of
@@ -48,7 +49,7 @@ class Sender:
 
 
 def _state(sites: ModelSites) -> tuple[Any, ...] | None:
-    """Changes whenever a weight is written or replaced, or a hook or an override is added.
+    """Changes whenever a weight is written or replaced, a hook or an override is added, or an adapter is switched.
 
     None where that cannot be told: tensors made in inference mode do not count their changes.
     """
@@ -58,7 +59,7 @@ def _state(sites: ModelSites) -> tuple[Any, ...] | None:
         len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in sites.model.modules()
     )
     weights = tuple((p.data_ptr(), p._version) for p in sites.model.parameters())
-    return hooks, weights, sites.attention
+    return hooks, weights, sites.attention, adapter_state(sites.model)
 
 
 def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
@@ -89,6 +90,7 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
             where = f"rows that start at layer {min(j, sites.n_layers - 1)}"
             _compare(sites, where, logits[entry.identity_row, 0], own, scale)
     for layer, w_o in enumerate(checker.w_o):
+        sites.ready(layer)
         # what attention writes must be the sum of what its heads write
         clean, changed = (c.writes if c.raw is None else c.raw for c in (forward, backward))
         scale = sites.residual_scale if forward.raw is None else 1.0

@@ -14,6 +14,7 @@ of two rows that went through the same arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -216,6 +217,16 @@ class Replay:
 
     def run(self, captured: Captured, targets: Tensor, row_block: int) -> RowLogits:
         """Logits of all rows for a block of prompts; targets int64 [batch, target] on the model's device."""
+        steps = self.steps(captured, targets, row_block)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                logits: RowLogits = end.value
+                return logits
+
+    def steps(self, captured: Captured, targets: Tensor, row_block: int) -> Generator[int, None, RowLogits]:
+        """The same, entry by entry: yields j where block j must be captured up to its MLP, n_layers where all must."""
         sites = self.sites
         batch = len(targets)
         rows = self._buffer("rows", (self.n_variants, batch, sites.d_model), sites.row_dtype)
@@ -223,17 +234,20 @@ class Replay:
         self._reserve(min(per_block, self.n_variants), batch)
         readout = Readout(sites, self.final_norm, self.unembed, targets, self.backend)
         if self.frozen:
+            yield sites.n_layers
             base = captured.base[sites.n_layers]
             parts = [self._frozen(entry, rows, base, captured, readout, per_block) for entry in self.frozen_entries]
             return RowLogits.cat(parts)
         alive, owed = 0, None
         for j, entry in enumerate(self.entries):
+            yield j
             before = alive
             if entry is not None:
                 self._enter(entry, rows, captured.base[j], captured)
                 alive = entry.stop
             write = self._incoming(captured, j, owed)
             if j < sites.n_layers and alive:
+                sites.ready(j)
                 owed = self._advance(j, rows, before, alive, write, per_block)
         return self._read(readout, rows, before, alive, write, self._waiting(rows), per_block)
 
@@ -255,6 +269,7 @@ class Replay:
         identity.copy_(base)
         if entry.head_layer is not None:
             layer = entry.head_layer
+            sites.ready(layer)
             dz, w_o = captured.dz[layer].unflatten(-1, (sites.n_heads, sites.d_head)), self.w_o[layer]
             if len(entry.heads) < sites.n_heads:
                 chosen = torch.tensor(entry.heads, device=sites.device)
@@ -297,7 +312,8 @@ class Replay:
                 post(raw.copy_(waiting[a:b]), None, None, waiting[a:b])
             if mlp.scale != 1.0:
                 waiting[a:b].mul_(mlp.scale)
-        return mlp.bias if waiting is None else None
+        # a copy: when it is due, a streamed layer's buffer may hold another layer
+        return mlp.bias.clone() if waiting is None and mlp.bias is not None else None
 
     def _read(
         self,

@@ -11,21 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyarith.engine import oracle
+from pyarith.engine import layered, oracle
 from pyarith.engine.batch import Batch, name_prompts
-from pyarith.engine.capture import Captured, Prefix, allocate, capture, takes_trees
+from pyarith.engine.capture import Captured, Prefix, allocate, capture
 from pyarith.engine.clock import mark, seconds
 from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.oracle import Sender
 from pyarith.engine.phases import label, phase
-from pyarith.engine.planner import Plan, Planner
+from pyarith.engine.planner import Plan, Planner, stored_prefix
 from pyarith.engine.readout import Readout
 from pyarith.engine.replay import Heads, Replay
 from pyarith.errors import NonFiniteError, SelfCheckError
 from pyarith.models.sites import ModelSites
 
-# A stored prefix costs a forward pass of its own and one copy of its keys per group; shorter ones do not pay.
-_MIN_PREFIX = 16
 _VERIFY_PROMPTS = 2
 _METRICS = ("logits", "foil_logits", "log_probs")
 
@@ -65,8 +63,7 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
     )
     with phase("self-check"):
         oracle.attach(sites, replay, batch)
-    length = batch.common_prefix if takes_trees(sites) and len(batch) > 1 else 0
-    length = length if length >= _MIN_PREFIX else 0
+    length = stored_prefix(sites, batch)
     planner = Planner(sites, replay, batch, length, options.mlps)
     plan = planner.plan(options.memory_budget)
     arrays, timings, plan = _sweep(sites, batch, replay, planner, plan, options)
@@ -131,22 +128,25 @@ def _block(
     options: Options,
     timings: dict[str, float],
 ) -> tuple[Captured, Any, Readout]:
-    start = mark(sites.device)
     block = torch.cat(groups)
+    targets = batch.targets[block].to(sites.device)
+    readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
+    captured = allocate(sites, len(block), options.mlps)
+    for name, tensor in captured.named():
+        label(f"captured {name}", tensor)
+    if sites.stream is not None:
+        rows = layered.sweep(sites, batch, groups, prefix, captured, replay, targets, plan.rows, timings)
+        return captured, rows, readout
+    start = mark(sites.device)
     with phase("capture"):
-        captured = allocate(sites, len(block), options.mlps)
-        for name, tensor in captured.named():
-            label(f"captured {name}", tensor)
         at = 0
         for group in groups:
             capture(sites, batch, group, prefix, captured, slice(at, at + len(group)))
             at += len(group)
     middle = mark(sites.device)
     with phase("replay"):
-        targets = batch.targets[block].to(sites.device)
         rows = replay.run(captured, targets, plan.rows)
     end = mark(sites.device)
-    readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
     timings["capture"] += seconds(start, middle)
     timings["replay"] += seconds(middle, end)
     return captured, rows, readout
@@ -250,7 +250,7 @@ def _to_host(*tensors: Tensor) -> list[Tensor]:
 
 def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> str:
     """Where NaN or infinity came from: weights of the model first, else the first tensor of the run in layer order."""
-    for name, parameter in sites.model.named_parameters():
+    for name, parameter in sites.weights():
         if not bool(torch.isfinite(parameter).all()):
             return f"non-finite values: weight {name} of the model holds NaN or infinity; repair the checkpoint"
     for layer in range(sites.n_layers + 1):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pyarith.models.sites import STREAM
+
 _SAMPLES = 64  # values looked at per tensor: enough to notice training, cheap on any size
 # config keys that may differ for the same model: a model that was never saved has no "architectures"; trainers switch
 # the key/value cache off and set special tokens; what else is returned beside the logits is a matter of the call
@@ -45,12 +47,15 @@ def identify(model: torch.nn.Module) -> Identity:
     kept = {key: value for key, value in config.items() if key[:1] != "_" and key not in _NOT_THE_MODEL}
     text = json.dumps(kept, sort_keys=True, default=str)
     whole = hashlib.sha256(type(model).__name__.encode() + text.encode())
+    stream: Any = getattr(model, STREAM, None)  # of weights that stay in their files, and are cast on their way
+    held: dict[str, torch.Tensor] = model.state_dict() | ({} if stream is None else stream.sources)
     tensors = {}
-    for name, tensor in sorted(model.state_dict().items()):
-        seen = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+    for name, tensor in sorted(held.items()):
+        dtype = tensor.dtype if stream is None or not tensor.is_floating_point() else stream.dtype
+        seen = f"{name} {tuple(tensor.shape)} {dtype}".encode()
         if tensor.numel():
             places = torch.linspace(0, tensor.numel() - 1, min(_SAMPLES, tensor.numel()), dtype=torch.float64).long()
-            values = tensor.detach().reshape(-1)[places.to(tensor.device)].cpu()
+            values = tensor.detach().reshape(-1)[places.to(tensor.device)].cpu().to(dtype)
             seen += values.view(torch.uint8).numpy().tobytes()
         whole.update(seen)
         tensors[name] = hashlib.sha256(seen).hexdigest()[:_SHORT]

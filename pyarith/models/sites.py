@@ -5,6 +5,7 @@ Nothing here changes the model: modules are looked up, shapes and types compared
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pyarith.errors import InputTypeError, UnsupportedModelError, check
+from pyarith.models.adapters import adapter_parameters, base_layer, inner, unwrap
 from pyarith.models.families import FAMILIES
 from pyarith.models.spec import FamilySpec
 
 SLICES = "pyarith_slices"  # the module by which an attached SelectiveTuner keeps its slices in a model
+STREAM = "pyarith_stream"  # the LayerStream of a model whose weights stay in their files (models/streaming.py)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,22 @@ class ModelSites:
         return len(self.blocks)
 
     @property
+    def stream(self) -> Any:
+        """The ``LayerStream`` of a model whose weights stay in their files, None for any other."""
+        return getattr(self.model, STREAM, None)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name; streamed ones as they stand in their files."""
+        sources = {} if self.stream is None else self.stream.sources
+        for name, parameter in self.model.named_parameters():
+            yield name, sources.get(name, parameter)
+
+    def ready(self, layer: int) -> None:
+        """Say before weights of a layer are used outside its forward: streamed ones must be brought in first."""
+        if self.stream is not None:
+            self.stream.ready(layer)
+
+    @property
     def group(self) -> int:
         """Query heads that share one key and value head."""
         return self.n_heads // self.n_kv_heads
@@ -144,8 +163,8 @@ def supported_families() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
-def resolve(model: Any) -> ModelSites:
-    """Find the sites of ``model``.
+def resolve(model: Any, *, streams: bool = False) -> ModelSites:
+    """Find the sites of ``model``; ``streams``: the caller can work on one whose weights stay in their files.
 
     Raises:
         InputTypeError: not a Hugging Face causal language model at all.
@@ -158,11 +177,8 @@ def resolve(model: Any) -> ModelSites:
         "load one with transformers.AutoModelForCausalLM.from_pretrained",
         InputTypeError,
     )
+    model = unwrap(model)
     config: Any = getattr(model, "config", None)
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            "model: PEFT adapters are not supported yet; merge them (model.merge_and_unload()) and pass the result"
-        )
     check(
         hasattr(config, "model_type"),
         f"model: expected a Hugging Face model with a config, got {type(model).__name__}",
@@ -184,13 +200,22 @@ def resolve(model: Any) -> ModelSites:
     for attribute, reason in spec.refuse_if:
         if getattr(config, attribute, False):
             raise UnsupportedModelError(f"model: family {spec.name!r} with config.{attribute} is refused: {reason}")
-    device, dtype = _placement(model)
+    stream = getattr(model, STREAM, None)
+    check(
+        stream is None or streams,
+        "model: its weights are streamed from a checkpoint, which fast_patch and discover can work with and this "
+        "cannot; load it whole with AutoModelForCausalLM.from_pretrained",
+        UnsupportedModelError,
+    )
+    device, dtype = _placement(model) if stream is None else (stream.device, stream.dtype)
     return _sites(model, config, spec, device, dtype)
 
 
 def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     # the slices of an attached tuner are no weights of the model
-    weights = [p for name, p in model.named_parameters() if not name.startswith(f"{SLICES}.")]
+    adapters = adapter_parameters(model)  # nor are adapters, which PEFT keeps in fp32
+    named = model.named_parameters()
+    weights = [p for name, p in named if not name.startswith(f"{SLICES}.") and id(p) not in adapters]
     devices = {p.device for p in weights}
     if any(d.type == "meta" for d in devices):
         raise UnsupportedModelError("model: weights are on the meta device (no data); load them onto cpu or cuda first")
@@ -213,7 +238,7 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device, dtype: torch.dtype) -> ModelSites:
     def find(root: nn.Module, path: str, where: str) -> nn.Module:
         try:
-            return root.get_submodule(path)
+            return inner(root.get_submodule(path))
         except AttributeError:
             raise UnsupportedModelError(
                 f"model: family {spec.name!r}, {where}: expected a module {path!r}, found "
@@ -231,9 +256,9 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
             return find(block, path, where) if path else None
 
         o_proj = find(block, spec.o_proj, where)
-        weight: Any = o_proj.weight
+        below: Any = base_layer(o_proj)
         # nn.Linear keeps [out, in], Conv1D [in, out]
-        found = weight.shape[1] if isinstance(o_proj, nn.Linear) else weight.shape[0]
+        found = below.weight.shape[1] if isinstance(below, nn.Linear) else below.weight.shape[0]
         if found != n_heads * d_head:
             raise UnsupportedModelError(
                 f"model: family {spec.name!r}, {where}: expected {spec.o_proj} to read n_heads * d_head = "
