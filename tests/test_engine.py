@@ -143,7 +143,7 @@ def test_stored_prefix_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatc
     inputs = pairs(5, 24, same=18)
     stored = pa.fast_patch(model, **inputs, **QUIET)
     assert stored.settings["prefix"] == 18
-    monkeypatch.setattr(run, "_MIN_PREFIX", 10**9)
+    monkeypatch.setattr(planner, "_MIN_PREFIX", 10**9)
     alone = pa.fast_patch(model, **inputs, **QUIET)
     assert alone.settings["prefix"] == 0
     close(stored, alone, atol=2e-5)

@@ -31,6 +31,8 @@ _MAX_PREFIXED_TOKENS = {"cpu": 512, "cuda": 2048}
 _MAX_ROWS = {"cpu": 512, "cuda": 16384}
 # What a run without a stated budget takes at most: on a GPU, blocks of this size keep the GEMMs on their plateau.
 _ENOUGH_BYTES = {"cuda": 4 * 2**30}
+# A stored prefix costs a forward pass of its own and one copy of its keys per group; shorter ones do not pay.
+_MIN_PREFIX = 16
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -95,6 +97,12 @@ def free_bytes(device: torch.device) -> int:
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, max(0, int(text) - int(used.read_text())))
     return free
+
+
+def stored_prefix(sites: ModelSites, batch: Batch) -> int:
+    """Tokens at the start of all prompts that are computed once and kept; 0 where that cannot be or does not pay."""
+    length = batch.common_prefix if capture.takes_trees(sites) and len(batch) > 1 else 0
+    return length if length >= _MIN_PREFIX else 0
 
 
 def default_budget(device: torch.device) -> int:

@@ -1,0 +1,142 @@
+"""What a job would cost, from a config alone: the planner on a model whose weights have shapes but no data.
+
+    capture = 2 (P_block n_layers - P_mlp) tokens     tokens of clean and corrupted; what a pair shares counts once
+    replay  = 2 P_mlp rows prompts                    rows = sum over layers j: (n_heads + 1)(j + 1) + j
+    literal = 2 P_block n_layers tokens prompts n_layers (n_heads + 1)      one forward pass per head and MLP
+
+P are numbers of parameters; FLOP of attention scores, norms and activations are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyarith.engine.batch import make_batch
+from pyarith.engine.planner import Forecast, Plan, Planner, stored_prefix
+from pyarith.engine.replay import Replay
+from pyarith.errors import UnsupportedModelError, check
+from pyarith.models.families import FAMILIES
+from pyarith.models.random_weights import NoDraws
+from pyarith.models.sites import resolve, supported_families
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """Prompts of one length; clean and corrupted differ in one token, the middle one of those behind the prefix.
+
+    Attributes:
+        prompts: pairs.
+        tokens: of a prompt, the prefix among them.
+        prefix: tokens at the start that all prompts share.
+    """
+
+    prompts: int
+    tokens: int
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.prompts >= 1, f"shape: expected at least one prompt, got prompts={self.prompts}")
+        check(
+            0 <= self.prefix and self.tokens - self.prefix >= 2,
+            f"shape: expected at least two tokens behind the prefix, got tokens={self.tokens}, prefix={self.prefix}",
+        )
+
+    def inputs(self, d_vocab: int, seed: int = 0) -> dict[str, Tensor]:
+        """Random ``clean``, ``corrupted`` and ``answers`` for ``fast_patch``."""
+        generator = torch.Generator().manual_seed(seed)
+        clean = torch.randint(d_vocab, (self.prompts, self.tokens), generator=generator)
+        clean[:, : self.prefix] = clean[:1, : self.prefix]
+        corrupted = clean.clone()
+        middle = self.prefix + (self.tokens - self.prefix) // 2
+        corrupted[:, middle] = (clean[:, middle] + 1) % d_vocab
+        return {
+            "clean": clean,
+            "corrupted": corrupted,
+            "answers": torch.randint(d_vocab, (self.prompts,), generator=generator),
+        }
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """The cost of a job, all of it computed.
+
+    Attributes:
+        parameters, weight_bytes: of the model.
+        plan: blocks.
+        forecast: FLOP, bytes beyond the model, seconds at the rate that was given.
+        literal_flop: of one forward pass per head and MLP.
+    """
+
+    parameters: int
+    weight_bytes: int
+    plan: Plan
+    forecast: Forecast
+    literal_flop: float
+
+    @property
+    def flop(self) -> float:
+        return self.forecast.capture_flop + self.forecast.replay_flop
+
+    def record(self) -> dict[str, Any]:
+        """All figures as JSON holds them."""
+        return {
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "plan": vars(self.plan),
+            "forecast": self.forecast.record(),
+            "literal_flop": self.literal_flop,
+        }
+
+
+def size_of_job(
+    config: Any,
+    shape: JobShape,
+    dtype: torch.dtype,
+    *,
+    rate: float,
+    memory_budget: int,
+    device: str = "cpu",
+) -> JobSize:
+    """Size ``fast_patch`` of all heads and MLPs on a model that need not exist.
+
+    Args:
+        config: of transformers; its attention is taken to be sdpa where none is named.
+        shape: of the prompts.
+        dtype: of the weights.
+        rate: FLOP per second of matrix products.
+        memory_budget: bytes beyond the model.
+        device: "cpu" or "cuda": whose blocks are planned; none need be here.
+    Raises:
+        UnsupportedModelError: the family is not described.
+        MemoryBudgetError: the budget is too small for one prompt.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"config: expected one of the families {supported_families()}, got {config.model_type!r}"
+        )
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    with without_data, NoDraws():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        sites = resolve(model)
+        replay = Replay(sites, "auto", heads=True, mlps=True, frozen=False, log_probs=False)
+    batch = make_batch(sites, **shape.inputs(sites.d_vocab))
+    sites = replace(sites, device=torch.device(device))  # whose limits the planner takes; no tensor is made there
+    planner = Planner(sites, replay, batch, stored_prefix(sites, batch), True)
+    plan = planner.plan(memory_budget)
+    parameters = list(model.parameters())
+    block = sum(p.numel() for p in sites.blocks[0].block.parameters())
+    forward = 2.0 * block * sites.n_layers * shape.tokens * shape.prompts
+    return JobSize(
+        sum(p.numel() for p in parameters),
+        sum(p.nbytes for p in parameters),
+        plan,
+        planner.forecast(plan, rate),
+        forward * sites.n_layers * (sites.n_heads + 1),
+    )
