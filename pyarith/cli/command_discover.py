@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,21 @@ def discover(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the weights in their files: for models larger than memory.")
+    ] = False,
     top: Top = 10,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Race the heads for the K most negative; spends prompts on the undecided."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(metavar="LEVEL", help="With --top-k: that all its decisions are right.")
+    ] = 0.95,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="LOGITS", help="With --top-k: heads no further apart are ties. [the noise floor]"),
+    ] = None,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -73,6 +87,7 @@ def discover(
                 device=device,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
+                stream=stream,
                 note=terminal.note,
             )
         seconds = time.perf_counter() - start
@@ -80,10 +95,12 @@ def discover(
             terminal.line(f"Done already: {out} holds this run; --force does it again")
             return
         prompts = Prompts(operators, corruption, n, seed, styles, only_correct)
-        options = {"mlps": mlps, "memory_budget": memory_budget, "backend": backend, "verify": verify}
+        options: dict[str, Any] = {"mlps": mlps, "memory_budget": memory_budget, "backend": backend, "verify": verify}
+        options |= {"top_k": top_k, "confidence": confidence, "tolerance": tolerance, "seed": seed}
         found = explore(terminal, loaded.model, loaded.tokenizer, prompts, **options)
         found.seconds = {"loading": seconds, **found.seconds}
-        precision, place = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device
+        facts = next(iter(found.discoveries.values())).result.settings
+        precision, place = facts["dtype"], facts["device"]
         terminal.line(f"{model} in {precision} on {place}, corruption: {corruption}")
         show(terminal, found, top)
         terminal.line()

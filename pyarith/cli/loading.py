@@ -38,6 +38,7 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stream: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
     """Load ``name``: a folder if there is one, "demo" for the shipped model, else a name on the Hugging Face hub or in
@@ -49,6 +50,8 @@ def load(
         device: "auto" = cuda where there is one, else cpu.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run Python code that comes with the model.
+        stream: leave the weights in their files until they are computed with (``stream_checkpoint``); a hub model's
+            files are fetched whole first.
         note: called with remarks for the user.
     Raises:
         InputError: no such folder or model, unknown dtype or device, a broken or incomplete checkpoint.
@@ -56,6 +59,8 @@ def load(
         UnsupportedModelError: a family that is not described; found before any weights are fetched.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from pyarith.models.streaming import stream_checkpoint
 
     known = ", ".join(["auto", *DTYPES])
     check(dtype == "auto" or dtype in DTYPES, f"dtype: expected one of {known}, got {dtype!r}")
@@ -72,6 +77,9 @@ def load(
     _check_family(config)
     what = f"MODEL: cannot load the tokenizer of {name!r}"
     tokenizer = _attempt(what, AutoTokenizer.from_pretrained, where, hint, source)
+    if stream:
+        folder = where if Path(where).is_dir() else _fetch(name, revision, local)
+        return Loaded(stream_checkpoint(folder, device=place, dtype=_torch_dtype(dtype)), tokenizer, commit)
     wanted = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, **source}
     what = f"MODEL: cannot load the weights of {name!r}"
     model, info = _attempt(what, AutoModelForCausalLM.from_pretrained, where, hint, wanted)
@@ -85,6 +93,21 @@ def load(
         note("stored in fp16, which CPUs compute very slowly: loaded in fp32 (--dtype fp16 keeps it)")
         model = model.float()
     return Loaded(model.to(place).eval(), tokenizer, commit)
+
+
+def _torch_dtype(dtype: str) -> torch.dtype | None:
+    import torch
+
+    return None if dtype == "auto" else getattr(torch, DTYPES[dtype])
+
+
+def _fetch(name: str, revision: str | None, local: bool) -> str:
+    """A folder with the files of a hub model."""
+    from huggingface_hub import snapshot_download
+
+    options = {"revision": revision, "local_files_only": local, "allow_patterns": ["*.json", "*.safetensors"]}
+    folder: str = _attempt(f"MODEL: cannot fetch the files of {name!r}", snapshot_download, name, "", options)
+    return folder
 
 
 def _device(device: str) -> torch.device:

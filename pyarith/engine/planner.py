@@ -152,10 +152,13 @@ class Planner:
         self._prefix_bytes = prefix * (kv + self._per_token) + prefix**2 * self._per_key if prefix else 0
 
     def _capture_bytes(self, tokens: int) -> int:
+        tokens = max(tokens, int(self.pair.max()))
+        return tokens * self._per_token + tokens * self._keys(tokens) * self._per_key
+
+    def _keys(self, tokens: int) -> int:
+        """Keys that a mask holds for each of the tokens of one forward pass."""
         longest = int(self.pair.max())
-        tokens = max(tokens, longest)
-        keys = self.prefix + (tokens if self.prefix else longest)
-        return tokens * self._per_token + tokens * keys * self._per_key
+        return self.prefix + (max(tokens, longest) if self.prefix else longest)
 
     def bytes(self, plan: Plan) -> int:
         """Peak bytes of a plan beyond the model: the stored captures, and the larger of capture and replay."""
@@ -166,8 +169,14 @@ class Planner:
         vocabulary = vocab_scratch_bytes(read, self.replay.unembed.matrix.t(), self.sites.row_dtype)
         replayed = rows * self.replay.bytes_per_row() + post
         replayed += max(block * self.replay.bytes_per_work_row(), vocabulary)
-        captured = self._capture_bytes(min(plan.tokens, plan.prompts * int(self.pair.max())))
-        return self._prefix_bytes + plan.prompts * self._stored + max(replayed, captured)
+        tokens = plan.prompts * int(self.pair.max())
+        captured = self._capture_bytes(min(plan.tokens, tokens))
+        kept = self._prefix_bytes + plan.prompts * self._stored
+        if self.sites.stream is None:
+            return kept + max(replayed, captured)
+        # layer by layer both are alive, and so are hidden states and masks of all groups
+        keys = self._keys(min(plan.tokens, tokens)) * len(set(self.sites.windows))
+        return kept + replayed + captured + tokens * self.sites.dtype.itemsize * (self.sites.d_model + keys)
 
     def plan(self, budget: int | None) -> Plan:
         """The largest useful blocks within the budget (None: half of what is free, on a GPU at most 4 GiB).
