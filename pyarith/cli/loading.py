@@ -64,11 +64,8 @@ def load(
 
     known = ", ".join(["auto", *DTYPES])
     check(dtype == "auto" or dtype in DTYPES, f"dtype: expected one of {known}, got {dtype!r}")
-    place = _device(device)
-    if name == DEMO and not Path(name).exists():
-        from pyarith.demo import MODEL_DIR
-
-        name = str(MODEL_DIR)
+    place = find_device(device)
+    name = _demo_folder(name)
     where, local, commit = _find(name, revision, note)
     source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     source |= {} if revision is None or Path(where).is_dir() else {"revision": revision}
@@ -110,7 +107,36 @@ def _fetch(name: str, revision: str | None, local: bool) -> str:
     return folder
 
 
-def _device(device: str) -> torch.device:
+def load_config(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Any:
+    """The config of ``name``: a config.json or a folder with one, "demo", or a hub name. Weights are not looked for.
+
+    Raises:
+        Whatever ``load`` raises about a config.
+    """
+    from transformers import AutoConfig
+
+    name = _demo_folder(name)
+    where, local = (name, True) if Path(name).is_file() else _find(name, revision, note)[:2]
+    source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    source |= {} if revision is None or local else {"revision": revision}
+    hint = "" if trust_remote_code else "; a model that comes with its own code needs --trust-remote-code"
+    config = _attempt(f"MODEL: cannot read the config of {name!r}", AutoConfig.from_pretrained, where, hint, source)
+    _check_family(config)
+    return config
+
+
+def find_device(device: str) -> torch.device:
+    """The device of this name; "auto" = cuda where there is one, else cpu.
+
+    Raises:
+        InputError: no such device, or not here.
+    """
     import torch
 
     if device == "auto":
@@ -125,6 +151,15 @@ def _device(device: str) -> torch.device:
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device: expected one that torch sees, got 'mps', which is not available; try cpu")
     return found
+
+
+def _demo_folder(name: str) -> str:
+    """The folder of the shipped model for "demo", any other name as it is."""
+    if name != DEMO or Path(name).exists():
+        return name
+    from pyarith.demo import MODEL_DIR
+
+    return str(MODEL_DIR)
 
 
 def _find(name: str, revision: str | None, note: Callable[[str], None]) -> tuple[str, bool, str | None]:
