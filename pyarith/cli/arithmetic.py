@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyarith.cli.terminal import Terminal, count, percent, table
 
 if TYPE_CHECKING:
+    from pyarith.discovery.adaptive import TopHeads
     from pyarith.discovery.discover import Discovery
     from pyarith.reporting import Judgement
     from pyarith.result import PatchResult
@@ -63,7 +64,8 @@ def explore(terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, **
     found.seconds["prompts"] = time.perf_counter() - start
     for sign, pairs in drawn.items():
         start = time.perf_counter()
-        with terminal.bar(f"Patching every head and MLP: {name_of(sign)}", len(pairs)) as progress:
+        what = "Patching every head and MLP" if options.get("top_k") is None else "Racing the heads"
+        with terminal.bar(f"{what}: {name_of(sign)}", len(pairs)) as progress:
             found.discoveries[sign] = discover(
                 model, pairs, only_correct=prompts.only_correct, progress=progress, **options
             )
@@ -90,16 +92,37 @@ def show(terminal: Terminal, found: Found, top: int) -> None:
     terminal.line()
     _columns(terminal, discoveries, "", _summary(discoveries))
     terminal.line()
-    terminal.line("Heads: layer.head, relative effect, change of the answer's logit", style="bold")
-    _columns(terminal, discoveries, "#", _ranked({s: _heads(d.result, top) for s, d in discoveries.items()}))
-    terminal.line()
-    _intervals(terminal, found, top)
-    terminal.line()
-    terminal.line("MLPs, largest effect of either sign first: layer, relative effect, change", style="bold")
-    _columns(terminal, discoveries, "#", _ranked({s: _mlps(d.result) for s, d in discoveries.items()}))
+    races = {sign: discovery.top for sign, discovery in discoveries.items() if discovery.top is not None}
+    if races:
+        _races(terminal, races)
+    else:
+        terminal.line("Heads: layer.head, relative effect, change of the answer's logit", style="bold")
+        _columns(terminal, discoveries, "#", _ranked({s: _heads(d.result, top) for s, d in discoveries.items()}))
+        terminal.line()
+        _intervals(terminal, found, top)
+        terminal.line()
+        terminal.line("MLPs, largest effect of either sign first: layer, relative effect, change", style="bold")
+        _columns(terminal, discoveries, "#", _ranked({s: _mlps(d.result) for s, d in discoveries.items()}))
     for sign, discovery in discoveries.items():
         for line in _left_out(discovery):
             terminal.line(f"{sign}  {line}")
+
+
+def _races(terminal: Terminal, races: Mapping[str, TopHeads]) -> None:
+    """The top heads of each operator with interval and decision, what is guaranteed, and what it cost."""
+    made = table()
+    for name in ("", "head", "change in logits", "interval", "prompts", "decision"):
+        made.add_column(name, justify="left" if name in ("", "head", "decision") else "right", no_wrap=True)
+    for sign, race in races.items():
+        for head in race.heads:
+            interval = f"{race.low[head]:+.3f} .. {race.high[head]:+.3f}"
+            cells = f"{race.change[head]:+.3f}", interval, f"{race.n_prompts[head]}", race.decision(head)
+            made.add_row(sign, str(head), *cells)
+    terminal.line("The heads that lower the answer's logit most, as far as they were raced", style="bold")
+    terminal.out.print(made)
+    for sign, race in races.items():
+        spent = f"{race.n_used} of {race.n_given} prompts, {race.rows / race.rows_full:.0%} of the rows of a full run"
+        terminal.text(f"{sign}  {spent}; {race.guarantee}")
 
 
 def _intervals(terminal: Terminal, found: Found, top: int) -> None:

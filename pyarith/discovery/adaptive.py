@@ -71,6 +71,11 @@ class TopHeads:
         """Heads of which the prompts do not say whether they are in the top k."""
         return self._with(0)
 
+    def decision(self, head: tuple[int, int]) -> str:
+        """``in``, ``out`` or ``undecided``; ``in (tie)`` and ``out (tie)`` where within the tolerance only."""
+        word = {1: "in", -1: "out", 0: "undecided"}[int(self.status[head])]
+        return f"{word} (tie)" if self.tied[head] else word
+
     def _with(self, status: int) -> list[Head]:
         return [Head(*map(int, place)) for place in np.argwhere(self.status == status)]
 
@@ -114,10 +119,9 @@ class TopHeads:
             f"  {self.guarantee}",
         ]
         for head in self.heads:
-            open_ = "  undecided" if self.status[head] == 0 else "  tie" if self.tied[head] else ""
             lines.append(
                 f"  {head!s:>7}  {self.change[head]:+.4f} [{self.low[head]:+.4f}, {self.high[head]:+.4f}] logits, "
-                f"{self.n_prompts[head]} prompts{open_}"
+                f"{self.n_prompts[head]} prompts, {self.decision(head)}"
             )
         return "\n".join(lines)
 

@@ -41,6 +41,8 @@ class Judgement:
 
 def judge(discovery: Discovery, *, seed: int = 0) -> Judgement:
     """Two-way bootstrap, sign flips and split halves, as far as the prompts have clusters enough; never an error."""
+    if discovery.top is not None:
+        return Judgement(None, None, "heads were raced, and run on different prompts: the race has its own intervals")
     result, pairs = discovery.result, discovery.pairs
     try:
         sure = result.confidence(pairs, seed=seed)

@@ -118,7 +118,7 @@ class RunDirectory:
         result = discovery.result
         sure = None if judgement is None else judgement.confidence
         tables = {
-            "heads": head_rows(result, threshold, sure),
+            "heads": head_rows(result, threshold, sure, discovery.top),
             "mlps": mlp_rows(result, sure),
             "prompts": prompt_rows(discovery),
         }
@@ -135,6 +135,7 @@ class RunDirectory:
             "patching": result.settings,
             "seconds": discovery.seconds,
             **({} if judgement is None else judgement.record(threshold)),
+            **({} if discovery.top is None else {"top": discovery.top.record()}),
         }
 
     def add_figure(self, name: str, figure: Figure) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pyarith.discovery.adaptive import TopHeads
 from pyarith.errors import InputError, check
 from pyarith.prompts import PromptPairs
 from pyarith.reporting.files import whole
@@ -132,6 +133,11 @@ class SavedRun:
         if effects is None:
             raise InputError(f"RUN_DIR: expected effects of heads for {sign}, got a run without them")
         return np.asarray(effects)
+
+    def top(self, sign: str) -> TopHeads | None:
+        """The top heads of a run with ``top_k``, None of others."""
+        record = self.record["runs"][sign].get("top")
+        return None if record is None else TopHeads.from_record(record)
 
     def key_heads(self, sign: str, threshold: float) -> list[Head]:
         """Heads below ``threshold``, strongest first."""

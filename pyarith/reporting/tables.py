@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pyarith.discovery.adaptive import TopHeads
 from pyarith.discovery.discover import Discovery
 from pyarith.result import PatchResult
 from pyarith.stats import Confidence, SenderConfidence
@@ -17,14 +18,42 @@ from pyarith.stats import Confidence, SenderConfidence
 Row = Mapping[str, Any]
 
 
-def head_rows(result: PatchResult, threshold: float = -0.05, confidence: Confidence | None = None) -> list[Row]:
+def head_rows(
+    result: PatchResult,
+    threshold: float = -0.05,
+    confidence: Confidence | None = None,
+    top: TopHeads | None = None,
+) -> list[Row]:
     """All heads, the most negative effect first: rank, layer, head, effect, logit_change, noise_floor, key (0 or 1).
 
-    With a ``confidence`` also effect_low, effect_high, effect_se, p and p_adjusted.
+    With a ``confidence`` also effect_low, effect_high, effect_se, p and p_adjusted. Of a race also top (0 or 1),
+    decision (in, out, undecided, and whether as a tie), cluster_change with its interval _low and _high, clusters and
+    prompts.
     """
     sure = None if confidence is None else confidence.heads
     rows = sorted(_rows(result, "head", sure), key=lambda row: (math.isnan(row["effect"]), row["effect"]))
-    return [{"rank": i, **row, "key": int(row["effect"] < threshold)} for i, row in enumerate(rows, start=1)]
+    race = {} if top is None else _race(top)
+    return [
+        {"rank": i, **row, "key": int(row["effect"] < threshold), **race.get((row["layer"], row["head"]), {})}
+        for i, row in enumerate(rows, start=1)
+    ]
+
+
+def _race(top: TopHeads) -> dict[tuple[int, int], Row]:
+    """What a race says of each head."""
+    chosen = set(top.heads)
+    return {
+        (int(layer), int(head)): {
+            "top": int((layer, head) in chosen),
+            "decision": top.decision((int(layer), int(head))),
+            "cluster_change": float(top.change[layer, head]),
+            "cluster_change_low": float(top.low[layer, head]),
+            "cluster_change_high": float(top.high[layer, head]),
+            "clusters": int(top.n_clusters[layer, head]),
+            "prompts": int(top.n_prompts[layer, head]),
+        }
+        for layer, head in np.ndindex(top.status.shape)
+    }
 
 
 def mlp_rows(result: PatchResult, confidence: Confidence | None = None) -> list[Row]:

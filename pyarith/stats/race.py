@@ -109,14 +109,16 @@ class Race:
     def look(self, values: Array, alpha: float, first: int, tolerance: float) -> None:
         """Take in the values [running sender, cluster] of a look, and decide what can be decided.
 
-        Of two intervals of different passes the narrower stays: all hold together.
+        All looks hold together, so a sender's interval is where they overlap; where two do not, the latest.
         """
         running = self.running
         mean, low, high = sequence(values, alpha / len(self.status), first)
         self.mean[running] = mean
         self.n_clusters[running] = values.shape[1]
-        better = high - low < self.high[running] - self.low[running]
-        self.low[running[better]], self.high[running[better]] = low[better], high[better]
+        both_low, both_high = np.maximum(low, self.low[running]), np.minimum(high, self.high[running])
+        overlap = both_low <= both_high
+        self.low[running] = np.where(overlap, both_low, low)
+        self.high[running] = np.where(overlap, both_high, high)
         while self._eliminate():
             pass
         self._settle(tolerance)

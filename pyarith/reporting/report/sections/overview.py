@@ -47,6 +47,7 @@ def build(source: Source) -> list[Block]:
 def judging(source: Source) -> list[Block]:
     return [
         Table(["", *source.titles.values()], _measures(source)),
+        *_races(source),
         *_sureness(source),
         Text(_READING, "note"),
     ]
@@ -89,6 +90,25 @@ def _strongest(source: Source) -> list[Block]:
     if not rows:
         return [Text(f"No head has an effect below {below}.")]
     return [sender_table(rows, "head", f"Key heads: effect below {below}", first=("operator",), words=2)]
+
+
+def _races(source: Source) -> list[Block]:
+    """The top heads of runs with top_k, what is guaranteed, and what it cost."""
+    rows, lines = [], []
+    for sign, title in source.titles.items():
+        top = source.run.top(sign)
+        if top is None:
+            continue
+        for head in top.heads:
+            interval = between(float(top.low[head]), float(top.high[head]), signed)
+            cells = [signed(float(top.change[head])), interval, str(top.n_prompts[head])]
+            rows.append([title, str(head), top.decision(head), *cells])
+        spent = f"{top.n_used} of {top.n_given} prompts, {share(top.rows / top.rows_full, 0)} of the rows of a full run"
+        lines.append(Text(f"{title}: {spent}; {top.guarantee}.", "note"))
+    if not rows:
+        return []
+    columns = ["operator", "head", "decision", "change in logits", "interval", "prompts"]
+    return [Table(columns, rows, "The heads that lower the answer's logit most, as far as they were raced", 3), *lines]
 
 
 def _sureness(source: Source) -> list[Block]:
