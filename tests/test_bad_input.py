@@ -202,16 +202,6 @@ def test_meta_device() -> None:
     refused(UnsupportedModelError, "model", "meta", model=model)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, about transformers
-def test_peft() -> None:
-    peft = pytest.importorskip("peft", reason="peft is an optional dependency")
-    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
-    refused(UnsupportedModelError, "model", "PEFT", model=peft.get_peft_model(make("llama"), config))
-    inside = make("llama")
-    inside.add_adapter(config)
-    refused(UnsupportedModelError, "model", "PEFT", model=inside)
-
-
 @pytest.mark.parametrize("marker", ["config", "quantizer", "int8"])
 def test_quantised(marker: str) -> None:
     model = make("llama", torch.float32)

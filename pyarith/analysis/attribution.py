@@ -17,7 +17,7 @@ from pyarith.engine.oracle import tolerance
 from pyarith.engine.readout import read_unembed
 from pyarith.errors import SelfCheckError, UnsupportedModelError
 from pyarith.models.sites import ModelSites, resolve
-from pyarith.models.weights import NormWeights, head_outputs, read_norm, read_projection
+from pyarith.models.weights import NormWeights, head_outputs, read_norm
 
 SEMANTICS = (
     "direct logit attribution: each write projected on the answer's unembedding row, the norm scales of the clean run "
@@ -156,8 +156,9 @@ class _Splitter:
         self.final = _known_norm(sites, sites.final_norm, "the final norm")
         self.unembed = read_unembed(sites)
         self.w_o = [head_outputs(sites, block.o_proj) for block in sites.blocks]
-        biases = [read_projection(block.o_proj) for block in sites.blocks]
-        self.o_bias = [None if projection is None else projection.bias for projection in biases]
+        # what the projection writes for no z at all, adapters included
+        nothing = torch.zeros(1, 1, sites.n_heads * sites.d_head, dtype=sites.dtype, device=sites.device)
+        self.o_bias = [block.o_proj(nothing)[0, 0] for block in sites.blocks]
         self.post = [
             None if block.attn_post_norm is None else _known_norm(sites, block.attn_post_norm, f"layer {layer}'s norm")
             for layer, block in enumerate(sites.blocks)
@@ -181,7 +182,7 @@ class _Splitter:
             # the rows of W_O on the direction first: [batch, head, d_head], not [batch, head, d_model]
             heads.append((z * torch.einsum("hkd,bd->bhk", w_o.to(wide), own)).sum(-1).t())
             extra = None if norm is None or norm.bias is None else through @ norm.bias.to(wide)
-            written = torch.zeros_like(bias) if o_bias is None else own @ o_bias.to(wide)
+            written = own @ o_bias.to(wide)
             biases.append(written if extra is None else written + extra)
         return {
             "heads": torch.stack(heads),

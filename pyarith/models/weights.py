@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyarith.errors import UnsupportedModelError
+from pyarith.models.adapters import adapter_delta, base_layer, is_adapted
 from pyarith.models.sites import ModelSites
 
 # what the activation modules of transformers compute
@@ -132,14 +133,21 @@ def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
 def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     """W_O per head as a view ``[head, d_head, d_model]``: ``head_write = z[h] @ out[h]``.
 
+    Where adapters add to the projection it is what both make together, in row dtype: W_O + sum of scaling * B @ A.
+
     Raises:
-        UnsupportedModelError: the projection is not a plain nn.Linear or Conv1D.
+        UnsupportedModelError: the projection is not a plain nn.Linear or Conv1D, or its adapters cannot be read.
     """
-    projection = read_projection(o_proj)
+    projection, delta = read_projection(base_layer(o_proj)) if is_plain(o_proj) else None, None
+    if projection is not None and is_adapted(o_proj):
+        delta = adapter_delta(o_proj, sites.spec.o_proj, sites.row_dtype)
     if projection is None:
         raise UnsupportedModelError(
             f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D "
-            f"without hooks or parametrisations, found {type(o_proj).__name__}; remove the hooks, merge the adapter or "
-            "detach the SelectiveTuner first"
+            f"without hooks or parametrisations, found {type(base_layer(o_proj)).__name__}; remove the hooks, merge "
+            "the adapter or detach the SelectiveTuner first"
         )
-    return projection.matrix.unflatten(0, (sites.n_heads, sites.d_head))
+    matrix = projection.matrix
+    if delta is not None:
+        matrix = matrix.to(delta.dtype) + (delta if takes_in_first(base_layer(o_proj)) else delta.t())
+    return matrix.unflatten(0, (sites.n_heads, sites.d_head))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyarith.engine.ablation import check_targets
 from pyarith.errors import InputError, check
+from pyarith.models.adapters import refuse_adapters
 from pyarith.models.fingerprint import Identity, identify
 from pyarith.models.sites import SLICES, ModelSites, resolve
 from pyarith.tuning.delta import LOADED, RECORD, SHOWN, Delta, slice_hash, some
@@ -205,6 +206,7 @@ def fitting_slices(model: Any, delta: Delta) -> tuple[Slice, ...]:
         f"model: expected the base, got one with a delta loaded ({getattr(model, LOADED, None)!r}); take it out with "
         "model.pyarith_delta.unload() first, or switch between several with DeltaBank",
     )
+    refuse_adapters(model, "a delta")
     sites = resolve(model)
     found, what = identify(model), f"model: expected the base of the delta {str(delta.folder)!r}"
     wrong = _other_model(sites, found, delta)

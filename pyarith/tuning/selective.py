@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyarith.engine.ablation import check_targets
 from pyarith.errors import InputError, UnsupportedModelError, check
+from pyarith.models.adapters import refuse_adapters
 from pyarith.models.sites import SLICES, resolve
 from pyarith.tuning.delta import LOADED, Base, save_delta
 from pyarith.tuning.linear import How, SlicedLinear, project
@@ -84,6 +85,7 @@ class SelectiveTuner:
             "model: a delta is loaded; take it out with model.pyarith_delta.unload(), or train on from its values by "
             "merge_delta in place of load_delta",
         )
+        refuse_adapters(model, "SelectiveTuner")
         self._sites = resolve(model)
         self.heads, self.mlps = check_targets(self._sites, heads, mlps)
         self.kv = kv
