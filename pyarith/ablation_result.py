@@ -228,6 +228,8 @@ class AblationSweep:
             f"  clean logit {self.clean_logits.mean():.3f}; noise floor {self.noise_floor:.2e} logits"
             + ("" if verified is None else f", literal re-runs agree to {verified:.2e}"),
         ]
+        if "quantised" in self.settings:
+            lines.append(f"  quantised weights: {self.settings['quantised']}")
         if self.n_ratio_excluded:
             lines.append(f"  {self.n_ratio_excluded} prompts with clean logit <= 0 left out of relative effects")
         mean = self.changes.mean(-1, dtype=np.float64)

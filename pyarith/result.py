@@ -311,6 +311,8 @@ class PatchResult:
             f"  noise floor {self.noise_floor.max():.2e} logits"
             + ("" if self.verification_error is None else f", literal re-runs agree to {self.verification_error:.2e}"),
         ]
+        if "quantised" in self.settings:
+            lines.append(f"  quantised weights: {self.settings['quantised']}")
         if self.n_ratio_excluded:
             lines.append(f"  {self.n_ratio_excluded} prompts with clean logit <= 0 left out of relative effects")
         if self.head_logits is not None:

@@ -206,7 +206,7 @@ def test_meta_device() -> None:
 def test_quantised(marker: str) -> None:
     model = make("llama", torch.float32)
     if marker == "config":
-        model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     elif marker == "quantizer":
         model.hf_quantizer = object()
     else:

@@ -17,7 +17,7 @@ from pyarith.engine.oracle import tolerance
 from pyarith.engine.readout import read_unembed
 from pyarith.errors import SelfCheckError, UnsupportedModelError
 from pyarith.models.sites import ModelSites, resolve
-from pyarith.models.weights import NormWeights, head_outputs, read_norm
+from pyarith.models.weights import HeadOutputs, NormWeights, read_norm
 
 SEMANTICS = (
     "direct logit attribution: each write projected on the answer's unembedding row, the norm scales of the clean run "
@@ -155,7 +155,7 @@ class _Splitter:
         self.sites = sites
         self.final = _known_norm(sites, sites.final_norm, "the final norm")
         self.unembed = read_unembed(sites)
-        self.w_o = [head_outputs(sites, block.o_proj) for block in sites.blocks]
+        self.w_o = HeadOutputs(sites)
         # what the projection writes for no z at all, adapters included
         nothing = torch.zeros(1, 1, sites.n_heads * sites.d_head, dtype=sites.dtype, device=sites.device)
         self.o_bias = [block.o_proj(nothing)[0, 0] for block in sites.blocks]

@@ -65,7 +65,8 @@ def fast_patch(
     The model is never changed: training flags, hooks, grad mode and random state are as before, also after an error.
 
     Args:
-        model: a supported Hugging Face causal LM, any device, fp32, fp64, bf16 or fp16; or the folder of its
+        model: a supported Hugging Face causal LM, any device, fp32, fp64, bf16 or fp16, linears
+            perhaps quantised by bitsandbytes or torchao; or the folder of its
             checkpoint, whose weights then never have to fit into memory (``stream_checkpoint``).
         clean, corrupted: int64 [batch, pos] token ids; both prompts of a pair have the same number of real tokens and
             differ somewhere. ``clean`` may also be a ``PromptPairs`` or an iterable of batches (each a ``PromptPairs``
@@ -250,6 +251,7 @@ def _settings(
         "device": str(sites.device),
         **({"device_name": torch.cuda.get_device_name(sites.device)} if sites.device.type == "cuda" else {}),
         "dtype": str(sites.dtype).removeprefix("torch."),
+        **({} if sites.quantised is None else {"quantised": str(sites.quantised)}),
         # torch's default is "highest": fp32 products in fp32; lower settings are the caller's choice, and are kept
         "matmul_precision": torch.get_float32_matmul_precision(),
         "attention": sites.attention,

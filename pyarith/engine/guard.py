@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyarith.models.quantised import held
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -22,7 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False), held(model):
             yield
     finally:
         for module in training:

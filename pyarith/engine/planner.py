@@ -20,6 +20,7 @@ from pyarith.engine.batch import Batch
 from pyarith.engine.packing import pair_tokens
 from pyarith.engine.replay import Replay
 from pyarith.errors import InputError, MemoryBudgetError, check
+from pyarith.models.quantised import n_parameters, scratch_bytes
 from pyarith.models.sites import ModelSites
 from pyarith.ops import vocab_scratch_bytes
 
@@ -139,9 +140,10 @@ class Planner:
         self.pair = pair_tokens(batch, prefix, capture.takes_trees(sites))
         self.n = len(batch)
         self._stored = capture.bytes_per_prompt(sites, mlps)
-        width = max((m.width for m in replay.mlps), default=0) or 8 * sites.d_model
-        self._mlp_params = sum(p.numel() for b in sites.blocks for p in b.mlp.parameters()) / sites.n_layers
-        self._block_params = sum(p.numel() for p in sites.blocks[0].block.parameters())
+        width = max((m.width or m.held for m in replay.mlps), default=0) or 8 * sites.d_model
+        self._mlp_params = sum(n_parameters(b.mlp) for b in sites.blocks) / sites.n_layers
+        self._block_params = n_parameters(sites.blocks[0].block)
+        self._dense = scratch_bytes(sites.model)
         size = sites.dtype.itemsize
         # a Hugging Face MLP holds gate, activation, up and their product at once; attention holds q, k, v twice (RoPE)
         self._per_token = size * (8 * sites.d_model + 2 * width)
@@ -171,7 +173,7 @@ class Planner:
         replayed += max(block * self.replay.bytes_per_work_row(), vocabulary)
         tokens = plan.prompts * int(self.pair.max())
         captured = self._capture_bytes(min(plan.tokens, tokens))
-        kept = self._prefix_bytes + plan.prompts * self._stored
+        kept = self._prefix_bytes + self._dense + plan.prompts * self._stored
         if self.sites.stream is None:
             return kept + max(replayed, captured)
         # layer by layer both are alive, and so are hidden states and masks of all groups

@@ -25,8 +25,9 @@ from pyarith.engine.capture import Captured
 from pyarith.engine.guard import output_of
 from pyarith.engine.phases import label
 from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split, split_norm
+from pyarith.models.quantised import held_width
 from pyarith.models.sites import ModelSites
-from pyarith.models.weights import head_outputs, read_mlp
+from pyarith.models.weights import HeadOutputs, read_mlp
 
 # True = all heads, False = none, or the heads of each layer in rising order
 Heads = bool | tuple[tuple[int, ...], ...]
@@ -96,6 +97,11 @@ class Mlp:
         return self.weights.width if self.weights is not None else 0
 
     @property
+    def held(self) -> int:
+        """Columns per row that a quantised MLP's own module holds at once; 0 where that is not known."""
+        return held_width(self.module) if self.weights is None else 0
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias, scaled, that ``add_to`` leaves to its caller."""
         bias = self.weights.down.bias if self.weights is not None else None
@@ -146,7 +152,7 @@ class Replay:
         self.heads = heads_by_layer(sites, heads)
         self.entries = entry_plan(sites, self.heads, mlps)
         self.frozen_entries = frozen_entries(sites, self.heads, mlps)
-        self.w_o = [head_outputs(sites, block.o_proj) for block in sites.blocks] if heads else []
+        self.w_o = HeadOutputs(sites) if heads else ()
         self.attn_post = [self._optional_norm(block.attn_post_norm) for block in sites.blocks]
         self.mlp_norms = [Norm(sites, block.mlp_norm, backend) for block in sites.blocks]
         self.mlps = [Mlp(sites, block.mlp, backend) for block in sites.blocks]
@@ -191,7 +197,7 @@ class Replay:
     def bytes_per_work_row(self) -> int:
         """Bytes per row of a row block: norm output, MLP intermediates, and one row for a norm after the MLP."""
         sites = self.sites
-        width = max(m.width for m in self.mlps) or 4 * sites.d_model
+        width = max(m.width or m.held for m in self.mlps) or 4 * sites.d_model
         return sites.dtype.itemsize * (sites.d_model + width) + sites.row_dtype.itemsize * sites.d_model
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

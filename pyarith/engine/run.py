@@ -22,6 +22,7 @@ from pyarith.engine.planner import Plan, Planner, stored_prefix
 from pyarith.engine.readout import Readout
 from pyarith.engine.replay import Heads, Replay
 from pyarith.errors import NonFiniteError, SelfCheckError
+from pyarith.models.quantised import plain_tensors
 from pyarith.models.sites import ModelSites
 
 _VERIFY_PROMPTS = 2
@@ -250,7 +251,8 @@ def _to_host(*tensors: Tensor) -> list[Tensor]:
 
 def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> str:
     """Where NaN or infinity came from: weights of the model first, else the first tensor of the run in layer order."""
-    for name, parameter in sites.weights():
+    parameters = [part for name, whole in sites.weights() for part in plain_tensors(name, whole)]
+    for name, parameter in parameters:
         if not bool(torch.isfinite(parameter).all()):
             return f"non-finite values: weight {name} of the model holds NaN or infinity; repair the checkpoint"
     for layer in range(sites.n_layers + 1):

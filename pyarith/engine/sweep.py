@@ -157,6 +157,7 @@ def ablation_sweep(
             "n_heads": sites.n_heads,
             "device": str(sites.device),
             "dtype": str(sites.dtype).removeprefix("torch."),
+            **({} if sites.quantised is None else {"quantised": str(sites.quantised)}),
             "attention": sites.attention,
             "positions": positions,
             "baseline": baseline.name,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyarith.errors import InputTypeError, UnsupportedModelError, check
 from pyarith.models.adapters import adapter_parameters, base_layer, inner, unwrap
 from pyarith.models.families import FAMILIES
+from pyarith.models.quantised import Quantised, describe, in_features, kind_of, own_parameters, refuse_method
 from pyarith.models.spec import FamilySpec
 
 SLICES = "pyarith_slices"  # the module by which an attached SelectiveTuner keeps its slices in a model
@@ -75,6 +76,7 @@ class ModelSites:
     windows: tuple[int | None, ...]
     device: torch.device
     dtype: torch.dtype
+    quantised: Quantised | None
 
     @property
     def config(self) -> Any:
@@ -168,8 +170,9 @@ def resolve(model: Any, *, streams: bool = False) -> ModelSites:
 
     Raises:
         InputTypeError: not a Hugging Face causal language model at all.
-        UnsupportedModelError: a family that is not described, or a model that is wrapped, quantised,
-            on the meta device or spread over devices; the message names the reason.
+        UnsupportedModelError: a family that is not described, or a model that is wrapped,
+            on the meta device, spread over devices or quantised in a way that cannot run or be read here; the message
+            names the reason.
     """
     check(
         isinstance(model, nn.Module),
@@ -192,10 +195,7 @@ def resolve(model: Any, *, streams: bool = False) -> ModelSites:
             f"causal language models of {supported_families()}. Encoders and vision models have no END logit to "
             "follow; a new causal family is one FamilySpec in pyarith.models.families (see CONTRIBUTING.md)"
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "model: quantised weights are not supported yet; load the model in fp32, bf16 or fp16"
-        )
+    refuse_method(model)
     spec = spec.of(config)
     for attribute, reason in spec.refuse_if:
         if getattr(config, attribute, False):
@@ -226,11 +226,12 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
             f"model: one device expected, found {found}; models spread over devices are not supported yet, "
             "load without device_map"
         )
-    dtypes = {p.dtype for p in weights}
+    packed = own_parameters(model)
+    dtypes = {p.dtype for p in weights if id(p) not in packed}
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         raise UnsupportedModelError(
             f"model: one floating-point dtype expected in all weights, found {sorted(map(str, dtypes))}; "
-            "cast with model.to(dtype) (quantised weights are not supported yet)"
+            "cast with model.to(dtype); quantised weights must come from bitsandbytes or torchao"
         )
     return devices.pop(), dtypes.pop()
 
@@ -256,9 +257,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
             return find(block, path, where) if path else None
 
         o_proj = find(block, spec.o_proj, where)
-        below: Any = base_layer(o_proj)
-        # nn.Linear keeps [out, in], Conv1D [in, out]
-        found = below.weight.shape[1] if isinstance(below, nn.Linear) else below.weight.shape[0]
+        found = in_features(base_layer(o_proj))
         if found != n_heads * d_head:
             raise UnsupportedModelError(
                 f"model: family {spec.name!r}, {where}: expected {spec.o_proj} to read n_heads * d_head = "
@@ -281,6 +280,13 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         )
     _refuse_shared(spec, blocks)
     unembed = find(model, spec.unembed, "model")
+    quantised = describe(model, dtype, device)
+    if kind_of(unembed) is not None:
+        raise UnsupportedModelError(
+            f"model: family {spec.name!r}: the unembedding {spec.unembed} is quantised as {kind_of(unembed)}; its rows "
+            "are read as they are, so quantise without it (bitsandbytes: llm_int8_skip_modules, torchao: "
+            "modules_to_not_convert)"
+        )
     unembed_weight: Any = unembed.weight
     kv_heads = getattr(config, spec.kv_heads, None) if isinstance(spec.kv_heads, str) else spec.kv_heads
     return ModelSites(
@@ -302,6 +308,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         windows=_windows(config, len(blocks)),
         device=device,
         dtype=dtype,
+        quantised=quantised,
     )
 
 

@@ -6,6 +6,7 @@ adapter, hooks, a parametrisation, an overridden forward): the engine then calls
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pyarith.errors import UnsupportedModelError
 from pyarith.models.adapters import adapter_delta, base_layer, is_adapted
+from pyarith.models.quantised import dense_weight, kind_of
 from pyarith.models.sites import ModelSites
 
 # what the activation modules of transformers compute
@@ -107,7 +109,8 @@ def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, Conv1D and FalconLinear themselves, with their class's own forward; hooks around it do not
     matter."""
     known = type(module) is nn.Linear or takes_in_first(module) or adds_bias_apart(module)
-    return known and "forward" not in vars(module) and not hasattr(module, "parametrizations")
+    own = "forward" not in vars(module) and not hasattr(module, "parametrizations")
+    return known and own and kind_of(module) is None  # torchao quantises the weight and leaves the class
 
 
 def read_projection(module: Any) -> Projection | None:
@@ -130,24 +133,51 @@ def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
     return MlpWeights(first, up, down, act, fused=layout.gate_up is not None)
 
 
+class HeadOutputs(Sequence[Tensor]):
+    """``head_outputs`` of each layer; what is quantised is dense for one layer at a time, made at each access."""
+
+    def __init__(self, sites: ModelSites) -> None:
+        self._sites = sites
+        self._kept = [self._keep(block.o_proj) for block in sites.blocks]
+
+    def _keep(self, o_proj: nn.Module) -> Tensor | None:
+        made = head_outputs(self._sites, o_proj)  # refused here, before anything runs
+        return made if kind_of(base_layer(o_proj)) is None else None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, layer: Any) -> Any:
+        kept, o_proj = self._kept[layer], self._sites.blocks[layer].o_proj
+        if kept is not None:
+            return kept
+        return _per_head(self._sites, o_proj, dense_weight(base_layer(o_proj), self._sites.row_dtype).t())
+
+
 def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     """W_O per head as a view ``[head, d_head, d_model]``: ``head_write = z[h] @ out[h]``.
 
-    Where adapters add to the projection it is what both make together, in row dtype: W_O + sum of scaling * B @ A.
+    A new tensor in row dtype where it is quantised, or where adapters add to it: W_O + sum of scaling * B @ A.
 
     Raises:
         UnsupportedModelError: the projection is not a plain nn.Linear or Conv1D, or its adapters cannot be read.
     """
-    projection, delta = read_projection(base_layer(o_proj)) if is_plain(o_proj) else None, None
-    if projection is not None and is_adapted(o_proj):
-        delta = adapter_delta(o_proj, sites.spec.o_proj, sites.row_dtype)
+    below = base_layer(o_proj)
+    if is_plain(o_proj) and is_plain(below) and kind_of(below) is not None:
+        return _per_head(sites, o_proj, dense_weight(below, sites.row_dtype).t())
+    projection = read_projection(below) if is_plain(o_proj) else None
     if projection is None:
         raise UnsupportedModelError(
             f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D "
-            f"without hooks or parametrisations, found {type(base_layer(o_proj)).__name__}; remove the hooks, merge "
+            f"without hooks or parametrisations, found {type(below).__name__}; remove the hooks, merge "
             "the adapter or detach the SelectiveTuner first"
         )
-    matrix = projection.matrix
+    return _per_head(sites, o_proj, projection.matrix)
+
+
+def _per_head(sites: ModelSites, o_proj: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [n_heads * d_head, d_model], with what adapters add to it, by heads."""
+    delta = adapter_delta(o_proj, sites.spec.o_proj, sites.row_dtype) if is_adapted(o_proj) else None
     if delta is not None:
         matrix = matrix.to(delta.dtype) + (delta if takes_in_first(base_layer(o_proj)) else delta.t())
     return matrix.unflatten(0, (sites.n_heads, sites.d_head))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyarith.errors import UnsupportedModelError, check
+from pyarith.models.quantised import kind_of
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import is_linear, takes_in_first
 from pyarith.types import Head
@@ -125,7 +126,7 @@ def mlp_slices(sites: ModelSites, layers: Iterable[int]) -> list[Slice]:
     for layer in sorted(layers):
         mlp, before = sites.blocks[layer].mlp, len(found)
         for module in mlp.modules():
-            if is_linear(module):
+            if is_linear(module) or kind_of(module) is not None:  # quantised ones are refused by name
                 weight: Any = module.weight
                 width = int(weight.shape[int(takes_in_first(module))])
                 found += _of_module(sites, names, layer, module, True, ((0, width),))
@@ -142,11 +143,18 @@ def mlp_slices(sites: ModelSites, layers: Iterable[int]) -> list[Slice]:
 def _of_module(
     sites: ModelSites, names: dict[nn.Module, str], layer: int, module: Any, outputs: bool, ranges: Ranges
 ) -> list[Slice]:
+    kind = kind_of(module)
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"heads, mlps: layer {layer} of family {sites.spec.name!r}: {names[module]} is quantised ({kind}) and its "
+            "codes cannot take gradient steps. Find heads on the quantised model, then load it in fp32, bf16 or fp16: "
+            "slices of that can be trained. On the quantised one LoRA adapters (peft) can"
+        )
     if not is_linear(module):
         raise UnsupportedModelError(
             f"heads, mlps: layer {layer} of family {sites.spec.name!r}: expected {names[module]} to be a plain "
             f"nn.Linear or Conv1D with its own forward, found {type(module).__name__}; merge adapters "
-            "(merge_and_unload()), and load quantised models in fp32, bf16 or fp16: slices of those can be trained"
+            "(merge_and_unload()) first"
         )
     made = [Slice(f"{names[module]}.weight", layer, module, "weight", outputs, ranges)]
     if outputs and module.bias is not None:  # the bias of W_O belongs to no head
