@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pyarith.discovery import fast_patch as fast_patch
     from pyarith.discovery import knockout_curve as knockout_curve
     from pyarith.discovery.discover import discover as discover
+    from pyarith.discovery.profile import PatchProfile as PatchProfile
+    from pyarith.discovery.profile import profile_patch as profile_patch
     from pyarith.engine.ablation import ablated as ablated
     from pyarith.engine.baselines import MeanAblation as MeanAblation
     from pyarith.engine.baselines import ResampleAblation as ResampleAblation
@@ -42,6 +44,8 @@ _PUBLIC = {
     "fast_patch": "pyarith.discovery",
     "discover": "pyarith.discovery",
     "knockout_curve": "pyarith.discovery",
+    "profile_patch": "pyarith.discovery.profile",
+    "PatchProfile": "pyarith.discovery.profile",
     "PatchResult": "pyarith.result",
     "PromptPairs": "pyarith.prompts",
     "Head": "pyarith.types",

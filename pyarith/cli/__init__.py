@@ -14,6 +14,7 @@ from pyarith.cli.command_doctor import doctor
 from pyarith.cli.command_evaluate import evaluate
 from pyarith.cli.command_knockout import knockout
 from pyarith.cli.command_merge import merge
+from pyarith.cli.command_profile import profile
 from pyarith.cli.command_report import report
 from pyarith.cli.command_reproduce import reproduce
 from pyarith.cli.command_transfer import transfer
@@ -39,6 +40,7 @@ app.command()(tune)
 app.command()(merge)
 app.command()(compare)
 app.command()(evaluate)
+app.command()(profile)
 app.command()(doctor)
 
 

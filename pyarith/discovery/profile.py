@@ -191,7 +191,7 @@ def profile_patch(
     peak = None if before is None else torch.cuda.max_memory_allocated(sites.device) - before
     if trace is not None:
         _write_trace(Path(trace), sites.device, run)
-    seconds = times.seconds()
+    seconds = {name: found for name, found in times.seconds().items() if any(name == p for p, _ in account.totals)}
     seconds[OUTSIDE] = max(0.0, took - sum(seconds.values()))
     ops = [
         Cost(phase, op, t.calls, t.seconds, t.flop, t.bytes, _share(roofline.ceiling(t.flop, t.bytes), t.seconds))

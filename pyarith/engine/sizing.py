@@ -9,16 +9,17 @@ P are numbers of parameters; FLOP of attention scores, norms and activations are
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyarith.engine.batch import make_batch
-from pyarith.engine.planner import Forecast, Plan, Planner, stored_prefix
+from pyarith.engine.planner import Forecast, Plan, Planner, free_bytes, stored_prefix
 from pyarith.engine.replay import Replay
-from pyarith.errors import UnsupportedModelError, check
+from pyarith.errors import InputError, MemoryBudgetError, UnsupportedModelError, check
 from pyarith.models.families import FAMILIES
 from pyarith.models.random_weights import NoDraws
 from pyarith.models.sites import resolve, supported_families
@@ -115,15 +116,9 @@ def size_of_job(
         MemoryBudgetError: the budget is too small for one prompt.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
 
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"config: expected one of the families {supported_families()}, got {config.model_type!r}"
-        )
-    without_data = FakeTensorMode(allow_non_fake_inputs=True)
-    with without_data, NoDraws():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _without_data(config, dtype)
         sites = resolve(model)
         replay = Replay(sites, "auto", heads=True, mlps=True, frozen=False, log_probs=False)
     batch = make_batch(sites, **shape.inputs(sites.d_vocab))
@@ -140,3 +135,50 @@ def size_of_job(
         planner.forecast(plan, rate),
         forward * sites.n_layers * (sites.n_heads + 1),
     )
+
+
+def expect_room(config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights that do not fit into what is free on ``device``.
+
+    Raises:
+        MemoryBudgetError: they do not; both sizes are named.
+    """
+    with torch.device("meta"):
+        size = sum(p.nbytes for p in _without_data(config, dtype).parameters())
+    free = free_bytes(device)
+    check(
+        size < free,
+        f"MODEL: weights of {size / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')} do not fit into the "
+        f"{free / 2**30:.1f} GiB that are free on {device}; --forecast-only computes the cost without them, --dtype "
+        "bf16 makes them smaller",
+        MemoryBudgetError,
+    )
+
+
+def _without_data(config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model whose tensors have what the mode or device around the call gives them."""
+    from transformers import AutoModelForCausalLM
+
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"config: expected one of the families {supported_families()}, got {config.model_type!r}"
+        )
+    with NoDraws():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    return model
+
+
+def parse_rate(text: str) -> float:
+    """FLOP per second from a text such as "780T", "1.5e14" or "120 GFLOP/s".
+
+    Raises:
+        InputError: anything else, or not positive.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e[+-]?\d+)?)\s*([kMGTP]?)(?:FLOPS?|FLOP/s)?\s*", text)
+    try:
+        rate = float(match[1]) * 1000.0 ** " kMGTP".index(match[2] or " ") if match else 0.0
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise InputError(f"rate: expected FLOP per second such as 780T or 1.5e14, got {text!r}")
+    return rate

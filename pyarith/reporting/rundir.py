@@ -23,7 +23,7 @@ from pyarith.reporting.versions import versions as versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STEPS = ("knockout", "analysis", "transfer", "tune")  # what later commands add; gone with the run they belong to
+STEPS = ("knockout", "analysis", "transfer", "tune", "profile")  # of later commands; gone with their run
 _STAGE = ".partial"
 
 

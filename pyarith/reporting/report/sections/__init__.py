@@ -9,6 +9,7 @@ from pyarith.reporting.report.sections.knockout import KNOCKOUT
 from pyarith.reporting.report.sections.lens import LENS
 from pyarith.reporting.report.sections.overlap import OVERLAP
 from pyarith.reporting.report.sections.overview import JUDGING, OVERVIEW
+from pyarith.reporting.report.sections.profile import PROFILE
 from pyarith.reporting.report.sections.provenance import PROVENANCE
 from pyarith.reporting.report.sections.section import Section
 from pyarith.reporting.report.sections.transfer import TRANSFER
@@ -28,6 +29,7 @@ SECTIONS: tuple[Section, ...] = (
     TRANSFER,
     TUNE,
     COMPARE,
+    PROFILE,
     PROVENANCE,
 )
 
