@@ -43,6 +43,10 @@ class StorageError(PyarithError, OSError):
     """A file could not be written to its end; what was there before is still there."""
 
 
+class RankError(PyarithError, RuntimeError):
+    """A rank of a distributed run is gone, ended with an error, or differs from the others; the message names it."""
+
+
 class BackendError(PyarithError, RuntimeError):
     """A backend asked for by name cannot run; the message says why."""
 

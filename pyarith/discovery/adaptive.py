@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyarith.discovery.patching import Progress, patch
+from pyarith.discovery.patching import patch
+from pyarith.engine.progress import Bar, Progress
+from pyarith.engine.ranks import team
 from pyarith.errors import check
 from pyarith.prompts import PromptPairs
 from pyarith.result import PatchResult
@@ -135,7 +137,7 @@ def find_top(
     confidence: float,
     tolerance: float | None,
     seed: int,
-    progress: bool | Callable[[int, int], None] | None = None,
+    progress: Progress = None,
     verify: int = 2,
     **options: Any,
 ) -> tuple[TopHeads, PatchResult, Array]:
@@ -159,7 +161,8 @@ def find_top(
     parts: list[PatchResult] = []
     used: list[Array] = []
     records: list[dict[str, Any]] = []
-    with Progress(progress, len(pairs)) as bar:
+    done = 0
+    with team() as ranks, Bar(ranks.shown(progress), len(pairs), "prompt", "discover") as bar:
         for step in rounds(codes, n_heads, confidence, seed):
             running = race.running
             if not len(running):
@@ -170,10 +173,10 @@ def find_top(
                 senders=("heads",),
                 chosen=_by_layer(running, shape),
                 verify=0 if parts else verify,
-                progress=bar.call,
+                progress=bar.after(done),
                 **options,
             )
-            bar.advance(len(step.prompts))
+            done += len(step.prompts)
             parts.append(part)
             used.append(step.prompts)
             changes = np.asarray(part.head_changes, np.float64).reshape(n_heads, -1)[running]

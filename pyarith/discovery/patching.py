@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyarith import ops
 from pyarith.engine import guard
-from pyarith.engine.batch import make_batch
+from pyarith.engine.batch import Batch, make_batch
+from pyarith.engine.collect import Options
 from pyarith.engine.planner import parse_bytes
-from pyarith.engine.run import Options, run
+from pyarith.engine.progress import Bar, Progress, check_progress
+from pyarith.engine.ranks import code, team
+from pyarith.engine.run import run
+from pyarith.engine.store import Store, circumstances, digest, versions
 from pyarith.errors import BackendError, InputTypeError, check
+from pyarith.models.fingerprint import model_fingerprint
 from pyarith.models.sites import ModelSites, resolve
 from pyarith.models.streaming import opened
 from pyarith.ops._registry import NAMES as BACKENDS
@@ -51,7 +58,8 @@ def fast_patch(
     memory_budget: int | str | None = None,
     backend: str = "auto",
     verify: int = 2,
-    progress: bool | Callable[[int, int], None] | None = None,
+    progress: Progress = None,
+    resume: str | Path | None = None,
 ) -> PatchResult:
     """Path patching of every head and MLP to the answer's logit, exactly, in about the time of a few forward passes.
 
@@ -83,6 +91,15 @@ def fast_patch(
             CUDA C++, and the vendor's library for matrix products; "auto" also takes Triton kernels.
         verify: number of senders re-run literally with hooks, on at most two prompts; 0 = none.
         progress: None = a bar on a terminal, False = none, or a callable ``(done, total)`` in prompts.
+        resume: a folder in which finished blocks of prompts are kept as they are done: the same call after a kill goes
+            on from there and gives the same bits. They are taken only where model, inputs, options, block sizes,
+            versions, device and threads are the same, and their file is whole; one folder may serve many calls, also of
+            several processes. Without ``memory_budget`` the block sizes of the interrupted run stay as long as they fit
+            into what is free. Deleting the folder is the caller's business. None = keep nothing.
+
+    Under torchrun (wherever ``torch.distributed`` is initialised with several ranks) every rank makes the same call;
+    the blocks of prompts go to whichever rank is free, and all ranks return the whole result. ``memory_budget`` is each
+    rank's. The bar is rank 0's. A folder for ``resume`` that the ranks share serves all of them.
 
     Returns:
         A ``PatchResult``; its ``settings`` hold blocks, backends, timings and versions.
@@ -94,6 +111,8 @@ def fast_patch(
         NonFiniteError: NaN or infinity met; the first layer and tensor are named.
         MemoryBudgetError: the budget is too small; the smallest that works is named.
         BackendError: a backend asked for by name cannot run, and why.
+        StorageError: a finished block cannot be written to ``resume``.
+        RankError: ranks differ in code, model, data or settings, or one is gone; it is named.
 
     References: Zhang et al. 2024, arXiv:2409.01659, sec. 3; Wang et al. 2022, arXiv:2211.00593, sec. 3.1.
     """
@@ -107,6 +126,7 @@ def fast_patch(
         backend=backend,
         verify=verify,
         progress=progress,
+        resume=resume,
     )
 
 
@@ -120,55 +140,72 @@ def patch(
     memory_budget: int | str | None = None,
     backend: str = "auto",
     verify: int = 2,
-    progress: bool | Callable[[int, int], None] | None = None,
+    progress: Progress = None,
+    resume: str | Path | None = None,
     chosen: tuple[tuple[int, ...], ...] | None = None,
 ) -> PatchResult:
     """``fast_patch`` on batches of ``make_batch`` arguments; of the heads only the ``chosen`` of each layer, if given.
 
     Heads that are not chosen are NaN, as is the identity row of a layer without chosen heads.
     """
-    wanted = _senders(senders)
-    check(mlps in _MLPS, f"mlps: expected one of {sorted(_MLPS)}, got {mlps!r}")
-    check(
-        isinstance(verify, int) and not isinstance(verify, bool) and verify >= 0,
-        f"verify: expected a number of senders >= 0, got {verify!r}",
-    )
-    check(
-        progress is None or isinstance(progress, bool) or callable(progress),
-        f"progress: expected None, False or a callable (done, total), got {type(progress).__name__}",
-        InputTypeError,
-    )
-    budget = parse_bytes(memory_budget)
-    model = opened(model)
-    sites = resolve(model, streams=True)
-    backends = _backends(sites, backend)
-    checked = [make_batch(sites, **batch) for batch in list(batches)]
-    check(len(checked) > 0, "clean: expected at least one batch, got an empty iterable")
-    results = []
-    bar = Progress(progress, sum(map(len, checked)))
-    with guard.untouched(model), bar:
-        for batch in checked:
-            options = Options(
-                heads="heads" in wanted if chosen is None else chosen,
-                mlps="mlps" in wanted,
-                frozen=mlps == "frozen",
-                log_probs=log_probs,
-                memory_budget=budget,
-                backend=backend,
-                verify=verify,
-                progress=bar.call,
-            )
-            done = run(sites, batch, options)
-            bar.advance(len(batch))
-            results.append(
-                PatchResult(
-                    **done.arrays,
-                    verification_error=done.verification_error,
-                    semantics=_MLPS[mlps],
-                    settings=_settings(sites, options, wanted, mlps, backends, done.record),
+    with team() as ranks:
+        wanted = _senders(senders)
+        check(mlps in _MLPS, f"mlps: expected one of {sorted(_MLPS)}, got {mlps!r}")
+        check(
+            isinstance(verify, int) and not isinstance(verify, bool) and verify >= 0,
+            f"verify: expected a number of senders >= 0, got {verify!r}",
+        )
+        check_progress(progress)
+        budget, store = parse_bytes(memory_budget), Store(resume)
+        model = opened(model)
+        sites = resolve(model, streams=True)
+        backends = _backends(sites, backend)
+        checked = [make_batch(sites, **batch) for batch in list(batches)]
+        check(len(checked) > 0, "clean: expected at least one batch, got an empty iterable")
+        options = Options(
+            heads="heads" in wanted if chosen is None else chosen,
+            mlps="mlps" in wanted,
+            frozen=mlps == "frozen",
+            log_probs=log_probs,
+            memory_budget=budget,
+            backend=backend,
+            verify=verify,
+            team=ranks,
+        )
+        what = [options.heads, options.mlps, mlps, log_probs, backends]
+        ranks.same(lambda: _facts(sites, checked, budget, verify, what))
+        parts = store.under(lambda: ["fast_patch", what, circumstances(sites)])
+        results = []
+        bar = Bar(ranks.shown(progress), sum(map(len, checked)), "prompt", "fast_patch")
+        before = 0
+        with guard.untouched(model), bar:
+            for batch in checked:
+                own = replace(options, progress=partial(bar.call, before=before), parts=parts.under(batch.identity))
+                done = run(sites, batch, own)
+                before += len(batch)
+                results.append(
+                    PatchResult(
+                        **done.arrays,
+                        verification_error=done.verification_error,
+                        semantics=_MLPS[mlps],
+                        settings=_settings(sites, own, wanted, mlps, backends, done.record),
+                    )
                 )
-            )
-    return PatchResult.merge(results)
+        return PatchResult.merge(results)
+
+
+def _facts(sites: ModelSites, batches: list[Batch], budget: int | None, verify: int, what: list[Any]) -> dict[str, Any]:
+    """What the ranks of a run must have in common."""
+    names = ("senders: heads", "senders: mlps", "mlps", "log_probs", "backends")
+    return {
+        "code": code(),
+        "versions": versions(),
+        "model": [model_fingerprint(sites.model), str(sites.dtype), sites.attention],
+        "data": digest([batch.identity() for batch in batches]),
+        "memory_budget": budget,
+        "verify": verify,
+        **dict(zip(names, what, strict=True)),
+    }
 
 
 def _senders(senders: Iterable[str]) -> tuple[str, ...]:
@@ -261,37 +298,6 @@ def _settings(
         "verify": options.verify,
         "backends": backends,
         "threads": torch.get_num_threads(),
-        # importlib.metadata takes 5 ms a name; these modules are loaded already
-        "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers", "numpy")},
+        "versions": versions(),
         **record,
     }
-
-
-class Progress:
-    """The bar, or the caller's function; prompts of all batches count together."""
-
-    def __init__(self, progress: bool | Callable[[int, int], None] | None, total: int) -> None:
-        self._base, self._total = 0, total
-        self._function = progress if callable(progress) else None
-        self._show = progress is True or (progress is None and sys.stderr.isatty())
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        if self._show:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=self._total, unit="prompt", desc="fast_patch")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def call(self, done: int, _: int) -> None:
-        if self._function is not None:
-            self._function(self._base + done, self._total)
-        if self._bar is not None:
-            self._bar.update(self._base + done - self._bar.n)
-
-    def advance(self, n: int) -> None:
-        self._base += n

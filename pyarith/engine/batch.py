@@ -38,6 +38,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def identity(self) -> list[Tensor]:
+        """What tells it from other batches."""
+        return [self.clean, self.corrupted, self.lengths, self.targets]
+
     @property
     def common_prefix(self) -> int:
         """Tokens at the start that all prompts, clean and corrupted, have in common."""

@@ -30,6 +30,8 @@ _MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Behind a stored prefix the pairs of a forward pass share one row and pay for masked attention among each other.
 _MAX_PREFIXED_TOKENS = {"cpu": 512, "cuda": 2048}
 _MAX_ROWS = {"cpu": 512, "cuda": 16384}
+# Several ranks take about so many blocks each, unless blocks became smaller than this: a sweep reads all weights.
+_TURNS, _MIN_SHARED = 4, 8
 # What a run without a stated budget takes at most: on a GPU, blocks of this size keep the GEMMs on their plateau.
 _ENOUGH_BYTES = {"cuda": 4 * 2**30}
 # A stored prefix costs a forward pass of its own and one copy of its keys per group; shorter ones do not pay.
@@ -106,9 +108,9 @@ def stored_prefix(sites: ModelSites, batch: Batch) -> int:
     return length if length >= _MIN_PREFIX else 0
 
 
-def default_budget(device: torch.device) -> int:
+def default_budget(device: torch.device, free: int | None = None) -> int:
     """Bytes that a run takes at most where none are named: half of what is free, on a GPU at most 4 GiB."""
-    half = free_bytes(device) // 2
+    half = (free_bytes(device) if free is None else free) // 2
     return min(half, _ENOUGH_BYTES.get(device.type, half))
 
 
@@ -138,6 +140,8 @@ class Planner:
     def __init__(self, sites: ModelSites, replay: Replay, batch: Batch, prefix: int, mlps: bool) -> None:
         self.sites, self.replay, self.prefix = sites, replay, prefix
         self.pair = pair_tokens(batch, prefix, capture.takes_trees(sites))
+        # prompts of similar length side by side, the longest first: where ranks share them, the last blocks are short
+        self.order = self.pair.argsort(stable=True, descending=True)
         self.n = len(batch)
         self._stored = capture.bytes_per_prompt(sites, mlps)
         width = max((m.width or m.held for m in replay.mlps), default=0) or 8 * sites.d_model
@@ -180,8 +184,10 @@ class Planner:
         keys = self._keys(min(plan.tokens, tokens)) * len(set(self.sites.windows))
         return kept + replayed + captured + tokens * self.sites.dtype.itemsize * (self.sites.d_model + keys)
 
-    def plan(self, budget: int | None) -> Plan:
+    def plan(self, budget: int | None, ranks: int = 1) -> Plan:
         """The largest useful blocks within the budget (None: half of what is free, on a GPU at most 4 GiB).
+
+        Several ranks get smaller blocks, so that each takes some of them and they end together.
 
         Raises:
             MemoryBudgetError: not even one prompt fits; the message says the smallest budget that works.
@@ -189,8 +195,9 @@ class Planner:
         kind = self.sites.device.type
         if budget is None:
             budget = default_budget(self.sites.device)
+        most = _MAX_PROMPTS if ranks == 1 else min(_MAX_PROMPTS, max(_MIN_SHARED, -(-self.n // (_TURNS * ranks))))
         tokens = _MAX_PREFIXED_TOKENS if self.prefix else _MAX_TOKENS
-        plan = Plan(min(self.n, _MAX_PROMPTS), tokens.get(kind, tokens["cpu"]), _MAX_ROWS.get(kind, _MAX_ROWS["cpu"]))
+        plan = Plan(min(self.n, most), tokens.get(kind, tokens["cpu"]), _MAX_ROWS.get(kind, _MAX_ROWS["cpu"]))
         # the three sizes cost differently; shrink what is dearest relative to what it buys
         longest = int(self.pair.max())
         while self.bytes(plan) > budget:
@@ -213,7 +220,7 @@ class Planner:
         """FLOP of the matrix products, peak bytes, and seconds at ``rate`` FLOP per second (None: measured here)."""
         layers = self.sites.n_layers
         tokens = self.prefix
-        for groups in self.groups(plan, self.pair.argsort(stable=True)):
+        for groups in self.groups(plan, self.order):
             # behind a stored prefix nothing is padded
             tokens += sum(int(self.pair[g].sum() if self.prefix else self.pair[g].max() * len(g)) for g in groups)
         replayed = 0.0 if self.replay.frozen else 2.0 * self._mlp_params * self.replay.n_rows * self.n

@@ -16,11 +16,16 @@ from pyarith.engine.store import Store
 History = list[tuple[int, tuple[int, ...]]]  # from which prompt of the order on, and the fields of the plan
 
 
-def stored(parts: Store, key: tuple[Any, ...], fits: Callable[[tuple[int, ...]], bool]) -> History:
-    """The plans of an interrupted run; none where there was none, or where its first one does not fit any more."""
+def begun(
+    parts: Store, key: tuple[Any, ...], fits: Callable[[tuple[int, ...]], bool], new: Callable[[], Any]
+) -> History:
+    """The plans of an interrupted run; where there was none, or its first does not fit, a new one, which is kept."""
     found = parts.get(*key)
     plans: History = [(int(start), tuple(sizes)) for start, sizes in found.record["plans"]] if found else []
-    return plans if plans and fits(plans[0][1]) else []
+    if not plans or not fits(plans[0][1]):
+        plans = [(0, astuple(new()))]
+        parts.put(key, {}, {"plans": plans})
+    return plans
 
 
 class Plans(Generic[AnyPlan]):
@@ -29,22 +34,12 @@ class Plans(Generic[AnyPlan]):
     Args:
         parts, key: where they are kept.
         kind: class of the plans.
-        found: from ``stored``.
-        new: makes the first plan where nothing was found.
+        history: from ``begun``.
     """
 
-    def __init__(
-        self,
-        parts: Store,
-        key: tuple[Any, ...],
-        kind: Callable[..., AnyPlan],
-        found: History,
-        new: Callable[[], AnyPlan],
-    ) -> None:
+    def __init__(self, parts: Store, key: tuple[Any, ...], kind: Callable[..., AnyPlan], history: History) -> None:
         self._parts, self._key = parts, key
-        self._all = [(start, kind(*sizes)) for start, sizes in found]
-        if not found:
-            self.change(0, new())
+        self._all = [(start, kind(*sizes)) for start, sizes in history]
 
     @property
     def first(self) -> AnyPlan:
@@ -61,10 +56,7 @@ class Plans(Generic[AnyPlan]):
         return next(plan for start, plan in reversed(self._all) if start <= done)
 
     def change(self, done: int, plan: AnyPlan) -> None:
-        """Another plan from ``done`` on."""
-        self._all = [*(one for one in self._all if one[0] < done), (done, plan)]
-        self._parts.put(self._key, {}, {"plans": self.history()})
-
-    def history(self) -> History:
-        """Every plan, in the form of ``stored``."""
-        return [(start, astuple(plan)) for start, plan in self._all]  # type: ignore[call-overload]
+        """Another plan from ``done`` on; the first one stays in front."""
+        self._all = [self._all[0], *(one for one in self._all[1:] if one[0] < done), (done, plan)]
+        history = [(start, astuple(one)) for start, one in self._all]  # type: ignore[call-overload]
+        self._parts.put(self._key, {}, {"plans": history})

@@ -53,3 +53,7 @@ class Bar:
             self._function(done, self._total)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
+
+    def after(self, before: int) -> Callable[[int, int], None]:
+        """A progress function for a part of the work that begins when ``before`` is done."""
+        return lambda done, _: self.call(done, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,35 +11,22 @@ import torch
 from torch import Tensor
 
 from pyarith.engine import layered, oracle
-from pyarith.engine.batch import Batch, name_prompts
+from pyarith.engine.batch import Batch
 from pyarith.engine.capture import Captured, Prefix, allocate, capture
 from pyarith.engine.clock import mark, seconds
+from pyarith.engine.collect import Array, Collector, Options
 from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.oracle import Sender
 from pyarith.engine.phases import label, phase
-from pyarith.engine.planner import Plan, Planner, stored_prefix
-from pyarith.engine.readout import Readout
-from pyarith.engine.replay import Heads, Replay
-from pyarith.errors import NonFiniteError, SelfCheckError
-from pyarith.models.quantised import plain_tensors
+from pyarith.engine.planner import Plan, Planner, default_budget, free_bytes, stored_prefix
+from pyarith.engine.plans import Plans, begun
+from pyarith.engine.readout import Readout, RowLogits
+from pyarith.engine.replay import Replay
+from pyarith.engine.store import Part, Store
+from pyarith.errors import SelfCheckError
 from pyarith.models.sites import ModelSites
 
 _VERIFY_PROMPTS = 2
-_METRICS = ("logits", "foil_logits", "log_probs")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run computes; see ``fast_patch``."""
-
-    heads: Heads = True
-    mlps: bool = True
-    frozen: bool = False
-    log_probs: bool = False
-    memory_budget: int | None = None
-    backend: str = "auto"
-    verify: int = 2
-    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass
@@ -66,10 +52,11 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
         oracle.attach(sites, replay, batch)
     length = stored_prefix(sites, batch)
     planner = Planner(sites, replay, batch, length, options.mlps)
-    plan = planner.plan(options.memory_budget)
-    arrays, timings, plan = _sweep(sites, batch, replay, planner, plan, options)
+    sweep = _Sweep(sites, batch, replay, planner, options)
+    sweep.run()
+    plan, timings = sweep.plans.last, sweep.timings
     result = RunArrays(
-        arrays,
+        sweep.collector.arrays,
         record={
             "plan": vars(plan),
             "prefix": length,
@@ -77,6 +64,8 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
             "fused": replay.fused,
             "rows": replay.n_rows * len(batch),
             "seconds": timings,
+            **({"ranks": options.team.size} if options.team.size > 1 else {}),
+            **({} if options.parts.folder is None else {"resumed_blocks": sweep.resumed}),
         },
     )
     if options.verify:
@@ -86,37 +75,85 @@ def run(sites: ModelSites, batch: Batch, options: Options) -> RunArrays:
     return result
 
 
-def _sweep(
-    sites: ModelSites, batch: Batch, replay: Replay, planner: Planner, plan: Plan, options: Options
-) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, float], Plan]:
-    """All blocks, with half the block size after each out-of-memory."""
-    order = planner.pair.argsort(stable=True)
-    collector = _Collector(sites, replay, batch, options)
-    timings = {"capture": 0.0, "replay": 0.0}
-    prefix = None
-    done = 0
-    while done < len(order):
-        if prefix is None:
-            start = mark(sites.device)
+class _Sweep:
+    """All blocks of a run, each computed by one rank or found among the parts of an earlier run.
+
+    After an out-of-memory a rank goes on with half the block sizes, from the block that failed.
+    """
+
+    def __init__(self, sites: ModelSites, batch: Batch, replay: Replay, planner: Planner, options: Options) -> None:
+        self.sites, self.batch, self.replay, self.planner, self.options = sites, batch, replay, planner, options
+        self.collector = Collector(sites, replay, batch, options)
+        self.timings = {"capture": 0.0, "replay": 0.0}
+        self.resumed = 0
+        self.plans = _plans(planner, options)
+        self._blocks = planner.order.split(self.plans.first.prompts)
+        self._prefix: Prefix | None = None
+
+    def run(self) -> None:
+        """Fill the collector."""
+        done = 0
+        for number, part in self.options.team.share(len(self._blocks), self._compute):
+            self.collector.put(self._blocks[number], part.arrays)
+            self.resumed += part.record["found"]
+            done += len(self._blocks[number])
+            self.options.progress(done)
+        self.replay.release()
+
+    def _compute(self, number: int) -> Part:
+        start = sum(map(len, self._blocks[:number]))
+        while True:
+            plan = self.plans.at(start)
+            parts = self._parts(plan, number)
+            found = parts.get("block")
+            if found is not None:
+                return Part(found.arrays, {"found": True})
+            try:
+                arrays = self._arrays(plan, self._blocks[number])
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.plans.change(start, smaller(plan, self.sites, error))
+                self.replay.release()
+                # made anew when the error no longer keeps the failed block's tensors alive
+                self._prefix = None
+                continue
+            parts.put(("block",), arrays)
+            return Part(arrays, {"found": False})
+
+    def _parts(self, plan: Plan, number: int) -> Store:
+        return self.options.parts.under(lambda: [vars(plan), self._blocks[number]])
+
+    def _arrays(self, plan: Plan, block: Tensor) -> dict[str, Array]:
+        """What ``Collector.read`` gives for a block; smaller ones, where memory ran out, are put together."""
+        if self._prefix is None:
+            start = mark(self.sites.device)
             with phase("prefix"):
-                prefix = Prefix(sites, batch.clean[0, : planner.prefix])
-            timings["capture"] += seconds(start, mark(sites.device))
-        try:
-            for groups in planner.groups(plan, order[done:]):
-                block = torch.cat(groups)
-                collector.add(block, *_block(sites, batch, replay, prefix, groups, plan, options, timings))
-                done += len(block)
-                if options.progress is not None:
-                    options.progress(done, len(order))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            plan = smaller(plan, sites, error)
-            replay.release()
-            # made anew at the top of the loop, when the error no longer keeps the failed block's tensors alive
-            prefix = None
-    replay.release()
-    return collector.arrays, timings, plan
+                self._prefix = Prefix(self.sites, self.batch.clean[0, : self.planner.prefix])
+            self.timings["capture"] += seconds(start, mark(self.sites.device))
+        found = []
+        for groups in self.planner.groups(plan, block):
+            done = _block(self.sites, self.batch, self.replay, self._prefix, groups, plan, self.options, self.timings)
+            found.append(self.collector.read(torch.cat(groups), *done))
+        return found[0] if len(found) == 1 else {name: np.concatenate([f[name] for f in found], 1) for name in found[0]}
+
+
+def _plans(planner: Planner, options: Options) -> Plans[Plan]:
+    """The plans of an interrupted run where its blocks still fit, else one for what is free on every rank."""
+    team, device, given = options.team, planner.sites.device, options.memory_budget
+    key = ("plans", given)
+    processes = team.neighbours if device.type == "cpu" else 1
+    limit = min(team.gather(lambda: free_bytes(device) // processes)) if given is None else given
+
+    history = team.tell(
+        lambda: begun(
+            options.parts,
+            key,
+            lambda sizes: planner.bytes(Plan(*sizes)) <= limit,
+            lambda: planner.plan(given if given is not None else default_budget(device, limit), team.size),
+        )
+    )
+    return Plans(options.parts, key, Plan, history)
 
 
 def _block(
@@ -128,7 +165,7 @@ def _block(
     plan: Plan,
     options: Options,
     timings: dict[str, float],
-) -> tuple[Captured, Any, Readout]:
+) -> tuple[Captured, RowLogits, Readout]:
     block = torch.cat(groups)
     targets = batch.targets[block].to(sites.device)
     readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
@@ -151,122 +188,6 @@ def _block(
     timings["capture"] += seconds(start, middle)
     timings["replay"] += seconds(middle, end)
     return captured, rows, readout
-
-
-class _Collector:
-    """Scatters the rows of blocks into arrays in the order of the prompts."""
-
-    def __init__(self, sites: ModelSites, replay: Replay, batch: Batch, options: Options) -> None:
-        self.sites, self.replay, self.batch, self.options = sites, replay, batch, options
-        n, layers, foils = len(batch), sites.n_layers, batch.targets.shape[1] - 1
-        kind = np.float64 if sites.row_dtype == torch.float64 else np.float32
-        senders = {"head": (layers, sites.n_heads), "identity": (layers,), "mlp": (layers,), "mlp_identity": (layers,)}
-        if not options.heads:
-            del senders["head"], senders["identity"]
-        if not options.mlps:
-            del senders["mlp"], senders["mlp_identity"]
-        both = {"clean": (), "corrupted": ()}
-        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
-        for metric in _METRICS:
-            wanted = {"logits": True, "foil_logits": foils > 0, "log_probs": options.log_probs}[metric]
-            names = {**senders, **both} if wanted else both if metric == "log_probs" else {}
-            for name, axes in names.items():
-                shape = (*axes, n, foils) if metric == "foil_logits" else (*axes, n)
-                self.arrays[f"{name}_{metric}"] = np.full(shape, np.nan, kind)  # heads that are not run stay NaN
-        self.arrays["noise_floor"] = np.zeros(layers, kind)
-
-    @phase("readout")
-    def add(self, block: Tensor, captured: Captured, rows: Any, readout: Readout) -> None:
-        hidden = torch.stack([captured.clean_hidden, captured.corrupted_hidden])
-        logits, own, own_lse, *more = _to_host(
-            rows.logits,
-            readout.of_hidden(hidden),
-            readout.log_sum_exp(hidden),
-            *([] if rows.lse is None else [rows.lse]),
-        )
-        lse = more[0] if more else None
-        if not (bool(torch.isfinite(logits).all()) and bool(torch.isfinite(own).all())):
-            raise NonFiniteError(_first_non_finite(self.sites, captured, block))
-        index = block.numpy()
-        for i, name in enumerate(("clean", "corrupted")):
-            self._put(name, index, own[i], own_lse[i])
-        identity = self._put_senders(index, logits, lse, own[0, :, 0])
-        drift = (identity - own[0, :, 0]).abs().amax(1).numpy()
-        np.maximum(self.arrays["noise_floor"], drift, out=self.arrays["noise_floor"])
-
-    def _put_senders(self, index: Any, logits: Tensor, lse: Tensor | None, own: Tensor) -> Tensor:
-        """Store all senders; returns the identity logits [n_layers, batch]."""
-        identity = own[None].repeat(self.sites.n_layers, 1)  # a layer without rows has no noise of its own
-        replay = self.replay
-        start = 0
-        for entry in replay.frozen_entries if replay.frozen else replay.entries:
-            if entry is None:
-                continue
-            part = logits[start : start + entry.stop - entry.start]
-            part_lse = None if lse is None else lse[start : start + entry.stop - entry.start]
-            start += entry.stop - entry.start
-            last = part_lse[-1] if part_lse is not None else None
-            if entry.mlp_layer is not None:
-                row = entry.mlp_row - entry.start
-                self._put("mlp", index, part[row], None if part_lse is None else part_lse[row], entry.mlp_layer)
-                self._put("mlp_identity", index, part[-1], last, entry.mlp_layer)
-                if not replay.heads[entry.mlp_layer]:
-                    identity[entry.mlp_layer] = part[-1, :, 0]
-            if entry.head_layer is not None:
-                rows = slice(0, len(entry.heads))
-                values = part[rows], None if part_lse is None else part_lse[rows]
-                self._put("head", index, *values, entry.head_layer, entry.heads)
-                self._put("identity", index, part[-1], last, entry.head_layer)
-                identity[entry.head_layer] = part[-1, :, 0]
-        return identity
-
-    def _put(
-        self,
-        name: str,
-        index: Any,
-        logits: Tensor,
-        lse: Tensor | None,
-        layer: int | None = None,
-        heads: tuple[int, ...] = (),
-    ) -> None:
-        """logits [..., batch, target], lse [..., batch]; with ``heads`` the first axis is of these heads."""
-        at = () if layer is None else (layer,)
-        places: Any = (np.array(heads)[:, None], index) if heads else (..., index)
-        values = {"logits": logits[..., 0], "foil_logits": logits[..., 1:]}
-        if lse is not None:
-            values["log_probs"] = logits[..., 0] - lse
-        for metric, value in values.items():
-            target = self.arrays.get(f"{name}_{metric}")
-            if target is None:
-                continue
-            place = (*places, slice(None)) if metric == "foil_logits" else places
-            target[at][place] = value.numpy()
-
-
-def _to_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one dtype, copied to the host in one transfer."""
-    flat = torch.cat([t.flatten() for t in tensors]).cpu()
-    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-
-
-def _first_non_finite(sites: ModelSites, captured: Captured, block: Tensor) -> str:
-    """Where NaN or infinity came from: weights of the model first, else the first tensor of the run in layer order."""
-    parameters = [part for name, whole in sites.weights() for part in plain_tensors(name, whole)]
-    for name, parameter in parameters:
-        if not bool(torch.isfinite(parameter).all()):
-            return f"non-finite values: weight {name} of the model holds NaN or infinity; repair the checkpoint"
-    for layer in range(sites.n_layers + 1):
-        for name, tensor in captured.named():
-            if tensor.dim() == 3 and layer < len(tensor):
-                bad = ~torch.isfinite(tensor[layer]).all(-1)
-                if bool(bad.any()):
-                    prompts = torch.zeros(int(block.max()) + 1, dtype=torch.bool)
-                    prompts[block] = bad.cpu()
-                    return (
-                        f"non-finite values: layer {layer}, tensor {name} (prompts {name_prompts(prompts)}); the model "
-                        f"overflows {sites.dtype}: load it in fp32 or bf16"
-                    )
-    return f"non-finite values: only in replayed rows; patched activations overflow {sites.dtype}: load it in fp32"
 
 
 @phase("verify")

@@ -14,7 +14,7 @@ from pyarith.engine import oracle
 from pyarith.engine.clock import mark, seconds
 from pyarith.engine.memory import is_out_of_memory, smaller
 from pyarith.engine.planner import free_bytes
-from pyarith.engine.plans import Plans, stored
+from pyarith.engine.plans import Plans, begun
 from pyarith.engine.replay import Replay
 from pyarith.engine.sweep_collect import Collector, Options, Prompts
 from pyarith.engine.sweep_end import SharedPrefix, shared_prefix
@@ -76,8 +76,13 @@ def _plans(planner: SweepPlanner, options: Options) -> Plans[SweepPlan]:
     """The plans of an interrupted run where its blocks still fit, else one for what is free."""
     key = ("plans", options.memory_budget)
     limit = free_bytes(planner.sites.device) if options.memory_budget is None else options.memory_budget
-    found = stored(options.parts, key, lambda sizes: planner.bytes(SweepPlan(*sizes)) <= limit)
-    return Plans(options.parts, key, SweepPlan, found, lambda: planner.plan(options.memory_budget))
+    history = begun(
+        options.parts,
+        key,
+        lambda sizes: planner.bytes(SweepPlan(*sizes)) <= limit,
+        lambda: planner.plan(options.memory_budget),
+    )
+    return Plans(options.parts, key, SweepPlan, history)
 
 
 def _block(
