@@ -37,8 +37,8 @@ def projection(model: Model, layer: int) -> Model:
 
 
 def mlp_write(model: Model, layer: int) -> Model:
-    name = "post_feedforward_layernorm" if model.config.model_type == "gemma2" else "mlp"
-    return blocks(model)[layer].get_submodule(name)
+    block = blocks(model)[layer]
+    return block.get_submodule("post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else "mlp")
 
 
 def width(model: Model) -> int:
@@ -84,7 +84,7 @@ def seen(model: Model, tokens: list[int]) -> tuple[list[torch.Tensor], list[torc
             )
             stack.callback(hook.remove)
             hook = mlp_write(model, layer).register_forward_hook(
-                lambda _, __, output: writes.append(written(output)[0])
+                lambda _, __, output: writes.append(written(output)[0].clone())  # Falcon adds to it in place
             )
             stack.callback(hook.remove)
         run(model, tokens)

@@ -30,7 +30,7 @@ class Run:
     pre: torch.Tensor
     post: torch.Tensor
     attention: torch.Tensor  # output of the projection, before a norm of its own
-    mlp: torch.Tensor  # what is added, after a norm of its own
+    mlp: torch.Tensor  # what is added, after a norm of its own and a multiplier
     z: torch.Tensor
     logits: torch.Tensor
     parallel: bool
@@ -44,14 +44,14 @@ def plain_run(model: Any, ids: list[int]) -> Run:
     kind = model.config.model_type
     path, out, mlp = PATHS[kind]
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in ("attention", "z", "mlp", "post")}
-    handles = []
+    handles, m = [], getattr(model.config, "residual_multiplier", 1.0)
     for block in model.get_submodule(path):
         projection = block.get_submodule(out)
-        writes = block.post_feedforward_layernorm if kind == "gemma2" else block.get_submodule(mlp)
+        writes = getattr(block, "post_feedforward_layernorm", block.get_submodule(mlp))
         handles += [
             projection.register_forward_pre_hook(lambda _, args: seen["z"].append(args[0][0, -1])),
             projection.register_forward_hook(lambda _, __, y: seen["attention"].append(y[0, -1])),
-            writes.register_forward_hook(lambda _, __, y: seen["mlp"].append(written(y)[0, -1])),
+            writes.register_forward_hook(lambda _, __, y: seen["mlp"].append(m * written(y)[0, -1])),
             block.register_forward_hook(
                 lambda _, __, y: seen["post"].append((y[0] if isinstance(y, tuple) else y)[0, -1])
             ),
@@ -62,8 +62,13 @@ def plain_run(model: Any, ids: list[int]) -> Run:
         handle.remove()
     kept = {name: torch.stack(values) for name, values in seen.items()}
     pre = torch.stack([output.hidden_states[0][0, -1], *kept["post"][:-1]])
-    parallel = kind == "gpt_neox" and model.config.use_parallel_residual
-    return Run(pre=pre, logits=output.logits[0, -1], parallel=parallel, **kept)
+    return Run(pre=pre, logits=output.logits[0, -1], parallel=is_parallel(model.config), **kept)
+
+
+def is_parallel(config: Any) -> bool:
+    if config.model_type == "falcon":
+        return bool(config.new_decoder_architecture or config.parallel_attn)
+    return config.model_type in ("phi", "gptj", "cohere", "cohere2") or getattr(config, "use_parallel_residual", False)
 
 
 @cache
@@ -79,10 +84,15 @@ def given(side: str) -> dict[str, Any]:
 
 
 def final_norm(model: Any) -> Any:
-    decoder = model.base_model
-    return next(getattr(decoder, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(decoder, name))
+    names = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+    return next(getattr(model.base_model, name) for name in names if hasattr(model.base_model, name))
+
+
+def logit_scale(model: Any) -> float:
+    return getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
 
 
 def capped(model: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The model's logits, of scaled ones."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -9,7 +9,7 @@ import planted
 import pytest
 import torch
 from literal_oracle import PATHS
-from plain_runs import ANSWERS, EXACT, SIDES, Run, capped, final_norm, given, plain_run, rows, runs
+from plain_runs import ANSWERS, EXACT, SIDES, Run, capped, final_norm, given, logit_scale, plain_run, rows, runs
 from single_thread import one_thread  # noqa: F401
 from snapshot import unchanged
 from tiny_models import NAMES, make
@@ -23,8 +23,9 @@ def by_hand(model: Any, run: Run, answer: int) -> dict[str, torch.Tensor]:
     """Every part written out as a vector and sent through the frozen norm, nothing folded."""
     kind, config = model.config.model_type, model.config
     norm, head = final_norm(model), model.get_output_embeddings()
-    layer_norm = kind in ("gpt2", "gpt_neox")
-    weight = 1 + norm.weight if kind == "gemma2" else norm.weight
+    layer_norm = "LayerNorm" in type(norm).__name__
+    one_plus, m = kind in ("gemma2", "gemma3_text"), getattr(config, "residual_multiplier", 1.0)
+    weight = 1 + norm.weight if one_plus else norm.weight
     eps = getattr(norm, "variance_epsilon", None) or norm.eps
     last = run.post[-1]
     centred = last - last.mean() if layer_norm else last
@@ -32,7 +33,7 @@ def by_hand(model: Any, run: Run, answer: int) -> dict[str, torch.Tensor]:
 
     def read(part: torch.Tensor) -> torch.Tensor:
         part = part - part.mean(-1, keepdim=True) if layer_norm else part
-        return (part * scale * weight) @ head.weight[answer]
+        return (part * scale * weight) @ head.weight[answer] * logit_scale(model)
 
     path, out, _ = PATHS[kind]
     heads, biases = [], []
@@ -43,10 +44,11 @@ def by_hand(model: Any, run: Run, answer: int) -> dict[str, torch.Tensor]:
             return projection(z) - projection(torch.zeros_like(z))
 
         def post(x: torch.Tensor, block: Any = block, layer: int = layer) -> torch.Tensor:
-            if kind != "gemma2":
-                return x
+            if not hasattr(block, "post_feedforward_layernorm"):
+                return m * x
             own, whole = block.post_attention_layernorm, run.attention[layer]
-            return x * (1 + own.weight) / torch.sqrt((whole**2).mean() + own.eps)
+            eps = getattr(own, "variance_epsilon", None) or own.eps
+            return x * (own.weight + one_plus) / torch.sqrt((whole**2).mean() + eps)
 
         parts = run.z[layer].reshape(config.num_attention_heads, -1)
         single = torch.stack([torch.zeros_like(parts) for _ in parts])
@@ -54,16 +56,15 @@ def by_hand(model: Any, run: Run, answer: int) -> dict[str, torch.Tensor]:
             single[h, h] = parts[h]
         heads.append(read(post(write(single.flatten(1)))))
         biases.append(read(post(projection(torch.zeros_like(run.z[layer])))))
-    bias = last.new_zeros(())
-    bias = (
-        bias + (norm.bias @ head.weight[answer] if layer_norm else 0) + (0 if head.bias is None else head.bias[answer])
-    )
+    bias = last.new_zeros(()) if head.bias is None else head.bias[answer]
+    if getattr(norm, "bias", None) is not None:
+        bias = bias + norm.bias @ head.weight[answer]
     return {
         "heads": torch.stack(heads),
         "attention_biases": torch.stack(biases),
         "mlps": read(run.mlp),
         "embedding": read(run.pre[0]),
-        "bias": bias,
+        "bias": bias * logit_scale(model),
     }
 
 

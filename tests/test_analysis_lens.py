@@ -6,7 +6,7 @@ import numpy as np
 import planted
 import pytest
 import torch
-from plain_runs import ANSWERS, EXACT, SIDES, capped, final_norm, given, runs
+from plain_runs import ANSWERS, EXACT, SIDES, capped, final_norm, given, logit_scale, runs
 from single_thread import one_thread  # noqa: F401
 from snapshot import unchanged
 from tiny_models import NAMES, make
@@ -29,7 +29,8 @@ def test_lens(name: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for b, run in enumerate(runs(name, side)):
         with true_fp64(), torch.no_grad():
             streams = torch.stack([run.post - run.mlp, run.post], 1)
-            logits = capped(model, model.get_output_embeddings()(final_norm(model)(streams)))
+            unembedded = model.get_output_embeddings()(final_norm(model)(streams))
+            logits = capped(model, unembedded * logit_scale(model))
         np.testing.assert_allclose(logits[-1, 1].numpy(), run.logits.numpy(), **EXACT)
         chances = logits.softmax(-1).numpy()
         values = logits.numpy()

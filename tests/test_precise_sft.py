@@ -133,7 +133,7 @@ def test_scales_are_separate_settings_and_recorded():
 
 
 def test_an_unembedding_with_a_bias():
-    """A family from outside may have one: the model's own logits are used, and the loss is that of labels=."""
+    """As Phi and GPT-J have: the loss is that of labels=."""
     model = tiny_models.make("llama", torch.float32)
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(-3, 3, tiny_models.VOCAB))
     (micro,) = Batches(examples_of(), 10, 10).at(0)

@@ -32,6 +32,8 @@ def trained_places(model: Any, heads: list[tuple[int, int]], kv: str, mlps: tupl
     config, kind = model.config, model.config.model_type
     n_heads = config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    if kind == "falcon":
+        n_kv = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
     d = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     names = {
         "gpt2": ("transformer.h.{}.attn.c_attn", "transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp."),
@@ -41,6 +43,13 @@ def trained_places(model: Any, heads: list[tuple[int, int]], kv: str, mlps: tupl
             "gpt_neox.layers.{}.mlp.",
         ),
         "phi3": ("model.layers.{}.self_attn.qkv_proj", "model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp."),
+        "phi": ("model.layers.{}.self_attn.", "model.layers.{}.self_attn.dense", "model.layers.{}.mlp."),
+        "gptj": ("transformer.h.{}.attn.", "transformer.h.{}.attn.out_proj", "transformer.h.{}.mlp."),
+        "falcon": (
+            "transformer.h.{}.self_attention.query_key_value",
+            "transformer.h.{}.self_attention.dense",
+            "transformer.h.{}.mlp.",
+        ),
     }.get(kind, ("model.layers.{}.self_attn.", "model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp."))
     found = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
 
@@ -57,7 +66,12 @@ def trained_places(model: Any, heads: list[tuple[int, int]], kv: str, mlps: tupl
             module = names[0].format(layer)
             if kind == "gpt_neox":
                 first = 3 * d * own + "qkv".index(part) * d
-            elif kind in ("gpt2", "phi3"):
+            elif kind == "falcon" and config.new_decoder_architecture:  # 2 q, k, v of each kv head
+                place = {"q": 4 * kv_head + head % 2, "k": 4 * kv_head + 2, "v": 4 * kv_head + 3}[part]
+                first = place * d
+            elif kind == "falcon" and not config.multi_query:
+                first = (3 * own + "qkv".index(part)) * d
+            elif kind in ("gpt2", "phi3", "falcon"):
                 first = {"q": 0, "k": n_heads, "v": n_heads + n_kv}[part] * d + own * d
             else:
                 module, first = f"{module}{part}_proj", own * d

@@ -115,17 +115,12 @@ FAMILIES: dict[str, Tiny] = {
 }
 # mixtures of experts cost ten times the time of the others: tests/test_moe.py runs them through fewer cases
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
-# one variation of each test has to do for these (``every``)
+# the same for further dense families: tests/test_more_families.py
 MORE = ["olmo2", "phi", "gptj", "gemma3", "granite", "cohere", "cohere2", "stablelm", "stablelm-parallel"]
 MORE += ["falcon", "falcon-serial", "falcon-new"]
 NAMES = [name for name in FAMILIES if name not in (*MOE, *MORE)]
 # transformers has no sdpa for Gemma-2's softcap
 SDPA = [name for name in NAMES if name != "gemma2"]
-
-
-def every(first: Any, *others: Any) -> list[tuple[str, Any]]:
-    """(name, value) for parametrised tests of dense families: all with ``first``, NAMES with the others too."""
-    return [(name, first) for name in (*NAMES, *MORE)] + [(name, value) for value in others for name in NAMES]
 
 
 def make(

@@ -33,12 +33,13 @@ def label_loss(sites: ModelSites, labels: Tensor, *, reduction: str = "mean", **
         A scalar in fp32 (fp64 for fp64 models) with a gradient towards the decoder.
     Raises:
         InputError: no label is left, or another reduction.
-        UnsupportedModelError: the unembedding is trained, or has a bias.
+        UnsupportedModelError: the unembedding is trained.
     """
     weight: Any = sites.unembed.weight
-    if weight.requires_grad or getattr(sites.unembed, "bias", None) is not None:
+    bias: Tensor | None = getattr(sites.unembed, "bias", None)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise UnsupportedModelError(
-            "model: expected a frozen unembedding without bias; use the model's own loss (labels=...) here"
+            "model: expected a frozen unembedding; use the model's own loss (labels=...) where it is trained"
         )
     check(reduction in ("mean", "sum"), f"reduction: expected mean or sum, got {reduction!r}")
     targets = labels[:, 1:]
@@ -48,19 +49,20 @@ def label_loss(sites: ModelSites, labels: Tensor, *, reduction: str = "mean", **
     check(len(targets) > 0, "labels: expected at least one label other than -100 after the first position")
     share = 1.0 / len(targets) if reduction == "mean" else 1.0
     factors = (share, sites.logit_scale, sites.softcap)
-    loss: Tensor = _VocabLoss.apply(hidden, weight, targets, factors, sites.row_dtype)
+    loss: Tensor = _VocabLoss.apply(hidden, weight, bias, targets, factors, sites.row_dtype)
     return loss
 
 
 class _VocabLoss(torch.autograd.Function):
-    """share * sum over rows of logsumexp(y) - y[target], y = cap(scale * h W^T); the gradient for h is made in the
-    forward pass."""
+    """share * sum over rows of logsumexp(y) - y[target], y = cap(scale * (h W^T + bias)); the gradient for h is made in
+    the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         factors: tuple[float, float, float],
         wide: torch.dtype,
@@ -72,7 +74,11 @@ class _VocabLoss(torch.autograd.Function):
         buffer = hidden.new_empty(min(rows, len(hidden)), weight.shape[0])
         for start in range(0, len(hidden), rows):
             part, goal = hidden[start : start + rows], targets[start : start + rows, None]
-            narrow = torch.mm(part, weight.t(), out=buffer[: len(part)])
+            narrow = buffer[: len(part)]
+            if bias is None:
+                torch.mm(part, weight.t(), out=narrow)
+            else:
+                torch.addmm(bias, part, weight.t(), out=narrow)
             logits = narrow.to(wide)  # fp32 itself, or a copy of 16-bit logits, as transformers makes
             if scale != 1.0:
                 logits = logits.mul_(scale)
@@ -102,4 +108,4 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None, None

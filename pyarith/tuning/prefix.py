@@ -223,7 +223,8 @@ class PrefixCache:
                 # as where embeddings were made to require gradients, for reentrant checkpointing
                 hidden = call.states.requires_grad_(hidden.requires_grad and torch.is_grad_enabled())
                 self._timed(True, hidden.shape[0] * hidden.shape[1], call.begin)
-            return (hidden,) if call.in_tuple else hidden
+            # a second item holds attention weights, which nobody asked for (``refuse_arguments``)
+            return (hidden, None) if call.in_tuple else hidden
 
         return forward
 
@@ -264,7 +265,7 @@ class PrefixCache:
 
     def _keep(self, call: _Call, out: Any) -> None:
         """The last block below gave its output for the first time."""
-        in_tuple = isinstance(out, tuple) and len(out) == 1
+        in_tuple = isinstance(out, tuple) and len(out) <= 2
         states = out[0] if in_tuple else out
         check(
             isinstance(states, Tensor),

@@ -18,7 +18,7 @@ from pyarith.models.sites import ModelSites, length_limits, resolve
 from pyarith.tuning.batches import Batches, MicroBatch, check_isolated
 from pyarith.tuning.checkpoint import NAME, Checkpoint
 from pyarith.tuning.data import Examples, load_examples
-from pyarith.tuning.loop import Progress, Trainee, completion_loss, n_steps, peak_memory, train
+from pyarith.tuning.loop import Progress, Trainee, n_steps, peak_memory, train
 from pyarith.tuning.loss import label_loss
 from pyarith.tuning.prefix import PrefixCache
 from pyarith.tuning.selective import SelectiveTuner
@@ -224,10 +224,7 @@ def steps_of(examples: Examples, settings: TuneSettings) -> int:
 
 
 def objective(sites: ModelSites) -> Callable[[MicroBatch], torch.Tensor]:
-    """Sum of the cross-entropy over the labelled tokens of a micro-batch; of an unembedding without bias, which all
-    families here have, in blocks that never hold all logits."""
-    if getattr(sites.unembed, "bias", None) is not None:
-        return lambda micro: completion_loss(sites.model, micro)
+    """Sum of the cross-entropy over the labelled tokens of a micro-batch, in blocks that never hold all logits."""
     return lambda micro: label_loss(sites, micro.labels, reduction="sum", **micro.inputs())
 
 
