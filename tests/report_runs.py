@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,15 @@ import tiny_models
 from pyarith import analysis
 from pyarith.discovery.discover import Discovery
 from pyarith.discovery.knockout import Arm, KnockoutCurve
+from pyarith.discovery.profile import Cost, PatchProfile
+from pyarith.engine.profiling import HighWater, Roofline
 from pyarith.evaluation.transfer_result import Cell, Control, TransferResult
 from pyarith.prompts import ROLES, PromptPairs
 from pyarith.reporting import RunDirectory, SavedRun, Step, judge
 from pyarith.reporting.analyses import Analyses, Looked, record, tables
 from pyarith.reporting.comparisons import comparison_record
 from pyarith.reporting.knockouts import Chosen, curve_record, curve_rows
+from pyarith.reporting.profiles import write_step as write_profile
 from pyarith.reporting.tables import write_csv
 from pyarith.result import PatchResult
 from pyarith.stats import Clusters
@@ -226,6 +230,31 @@ def add_compare(path: Path, arm: str = "full") -> dict[str, Any]:
     return record
 
 
+def add_profile(path: Path) -> PatchProfile:
+    """A profile whose figures are easy to tell apart."""
+    run = SavedRun.open(path)
+    ops = (
+        Cost("replay", "aten::mm", 64, 1.5, 3e12, 5 * 2**30, 0.8),
+        Cost("capture", "pyarith::add_norm", 32, 0.25, 0.0, 2**30, 0.5),
+    )
+    phases = tuple(Cost(op.phase, "", 0, op.seconds, op.flop, op.bytes, op.roofline) for op in ops)
+    facts = {"model": "tiny", "family": "llama", "n_layers": LAYERS, "n_heads": HEADS, "dtype": "fp32", "device": "cpu"}
+    found = PatchProfile(
+        result=replace(run.results["+"], settings=facts),
+        phases=phases,
+        ops=ops,
+        seconds={"timed": 1.75, "counted": 4.0},
+        unchanged=True,
+        high_water=HighWater(3 * 2**20, "replay", {"replay rows": 2 * 2**20, "captured base": 2**20}),
+        allocator_bytes=None,
+        forecast={"capture_flop": 1e11, "replay_flop": 2.9e12, "bytes": 4 * 2**20, "seconds": 1.6},
+        roofline=Roofline(2e12, 10 * 2**30),
+    )
+    step = Step(run, "profile", {"operator": "+"})
+    step.finish(write_profile(step, found), found.seconds)
+    return found
+
+
 def write_all(path: Path, **options: Any) -> Path:
     """A run with every step."""
     write_run(path)
@@ -234,4 +263,5 @@ def write_all(path: Path, **options: Any) -> Path:
     add_transfer(path)
     add_tune(path)
     add_compare(path)
+    add_profile(path)
     return path

@@ -98,7 +98,7 @@ def test_missing_steps_are_named_with_their_command(tmp_path):
         text = page.sections[section]["text"]
         assert "Not done yet." in text and f"pyarith {command} '{path}' makes it." in text
         assert page.sections[section]["tables"] == page.sections[section]["figures"] == []
-    assert f"Knock-outs: Not done yet. pyarith knockout '{path}'" in report.missing and len(report.missing) == 9
+    assert f"Knock-outs: Not done yet. pyarith knockout '{path}'" in report.missing and len(report.missing) == 10
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -256,7 +256,7 @@ def test_how_it_was_made(whole, page):
     for value in (record["model"]["fingerprint"], record["runs"]["*"]["data"]["hash"], record["versions"]["torch"]):
         assert value in text
     steps = [row[0] for row in page.sections["provenance"]["tables"][0][1:]]
-    assert steps == ["discover", "knockout", "analysis", "transfer", "tune", "compare"]
+    assert steps == ["discover", "knockout", "analysis", "transfer", "tune", "compare", "profile"]
 
 
 def test_one_operator_has_no_tabs_and_a_reason_for_what_was_not_done(hostile):
@@ -323,3 +323,21 @@ def test_labels(text, shown):
 def test_unknown_numbers_are_no_numbers():
     assert [form(float("nan")) for form in (blocks.percent, blocks.share, blocks.small)] == ["n/a"] * 3
     assert blocks.between(float("nan"), 1.0) == "" and blocks.number("") != blocks.number("")
+
+
+def test_the_profile_shows_phases_ops_memory_and_the_forecast(page):
+    section = page.sections["profile"]
+    phases, compared, held, ops = section["tables"]
+    assert phases[1:] == [
+        ["replay", "1.5 s", "3 TFLOP", "5 GiB", "80%"],
+        ["capture", "250 ms", "0 FLOP", "1 GiB", "50%"],
+    ]
+    assert compared[1:] == [
+        ["capture FLOP", "100 GFLOP", "0 FLOP"],
+        ["replay FLOP", "2.9 TFLOP", "3 TFLOP"],
+        ["bytes beyond the model", "4 MiB", "3 MiB"],
+        ["seconds", "1.6 s", "1.75 s"],
+    ]
+    assert held[1:] == [["replay rows", "2 MiB"], ["captured base", "1 MiB"]]
+    assert ops[1][:3] == ["replay", "aten::mm", "64"]
+    assert "products 2 TFLOP/s, copies 10 GiB/s" in section["text"] and "gave the same bits" in section["text"]

@@ -79,7 +79,7 @@ class PatchProfile:
 
     @property
     def compared(self) -> dict[str, tuple[float, float]]:
-        """Quantity -> (forecast, found); what the forecast leaves out (self-check, verify, readout) is left out."""
+        """Quantity -> (forecast, found); seconds without the self-check and the verification."""
         flop = {name: sum(p.flop for p in self.phases if p.phase in parts) for name, parts in _PARTS.items()}
         took = sum(p.seconds for p in self.phases if p.phase not in _FORECAST)
         return {
