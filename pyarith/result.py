@@ -116,6 +116,14 @@ class PatchResult:
         """Prompts left out of relative effects because their clean logit is <= 0."""
         return int((self.clean_logits <= 0).sum())
 
+    @property
+    def n_rerouted(self) -> int:
+        """Identity rows that met other experts than the clean run, in all layers (``settings["rerouted"]`` by layer).
+
+        Where a mixture of experts scores two experts nearly equal, rounding decides; the noise floor shows the effect.
+        """
+        return sum(self.settings.get("rerouted", ()))
+
     def _relative(self, changes: Array | None) -> Array | None:
         if changes is None:
             return None
@@ -299,6 +307,8 @@ class PatchResult:
         errors = [p.verification_error for p in parts if p.verification_error is not None]
         changed["verification_error"] = max(errors, default=None)
         changed["settings"] = {**first.settings, "parts": [p.settings for p in parts]}
+        if "rerouted" in first.settings:
+            changed["settings"]["rerouted"] = np.sum([p.settings["rerouted"] for p in parts], axis=0).tolist()
         return replace(first, **changed)
 
     def _summary(self) -> list[str]:
@@ -313,6 +323,8 @@ class PatchResult:
         ]
         if "quantised" in self.settings:
             lines.append(f"  quantised weights: {self.settings['quantised']}")
+        if self.n_rerouted:
+            lines.append(f"  {self.n_rerouted} identity rows went to other experts than the clean run (rounding)")
         if self.n_ratio_excluded:
             lines.append(f"  {self.n_ratio_excluded} prompts with clean logit <= 0 left out of relative effects")
         if self.head_logits is not None:

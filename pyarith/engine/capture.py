@@ -17,6 +17,7 @@ from torch import Tensor
 from pyarith.engine.batch import Batch
 from pyarith.engine.guard import Hooks, output_of
 from pyarith.engine.packing import Packed, additive, causal, pack, pack_plain
+from pyarith.engine.routing import experts_of, no_routes
 from pyarith.models.sites import ModelSites
 
 _MASKED_ATTENTION = ("eager", "sdpa")
@@ -39,6 +40,7 @@ class Captured:
         pre, raw: [n_layers, batch, d_model] block input and attention output before its norm and multiplier
             (families with a norm after attention), or None.
         clean_hidden, corrupted_hidden: [batch, d_model] decoder output at END, model dtype.
+        routes: int64 [n_layers, batch, top_k] experts that the clean run chose at END (mixtures of experts), or None.
     """
 
     base: Tensor
@@ -49,6 +51,7 @@ class Captured:
     raw: Tensor | None
     clean_hidden: Tensor
     corrupted_hidden: Tensor
+    routes: Tensor | None
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         for field in fields(self):
@@ -78,6 +81,7 @@ def allocate(sites: ModelSites, n: int, mlps: bool) -> Captured:
         raw=rows(layers, d) if post else None,
         clean_hidden=hidden[0],
         corrupted_hidden=hidden[1],
+        routes=no_routes(sites, n),
     )
 
 
@@ -179,9 +183,18 @@ def recording(
 
         return call
 
+    def keep_routes(layer: int) -> Callable[[Any], None]:
+        def call(output: Any) -> None:
+            assert into.routes is not None
+            into.routes[layer, at] = experts_of(output)[packed.clean_end]
+
+        return call
+
     with Hooks() as hooks:
         for layer in layers:
             block = sites.blocks[layer]
+            if block.router is not None:
+                hooks.see(block.router, keep_routes(layer))
             residual = block.block if sites.parallel else block.mlp_reads
             hooks.before(residual, keep(into.base, layer))
             hooks.before(block.o_proj, difference(into.dz, layer))
@@ -223,8 +236,16 @@ def capture(sites: ModelSites, batch: Batch, indices: Tensor, prefix: Prefix, in
 
 def finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slice) -> None:
     """The last MLP and the final norm, by the model's own modules, for END only (the self-check covers this)."""
+
+    def keep_routes(output: Any) -> None:
+        assert into.routes is not None
+        into.routes[-1, at] = experts_of(output).chunk(2)[0]
+
     block = sites.blocks[-1]
-    write = output_of(block.mlp, last["mlp_input"][None])
+    with Hooks() as hooks:
+        if block.router is not None:
+            hooks.see(block.router, keep_routes)
+        write = output_of(block.mlp, last["mlp_input"][None])
     if block.mlp_post_norm is not None:
         write = block.mlp_post_norm(write)
     write = sites.scaled(write)

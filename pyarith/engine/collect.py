@@ -11,14 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyarith.engine import oracle
 from pyarith.engine.batch import Batch, name_prompts
 from pyarith.engine.capture import Captured
 from pyarith.engine.phases import phase
 from pyarith.engine.ranks import Team
 from pyarith.engine.readout import Readout, RowLogits
 from pyarith.engine.replay import Heads, Replay
+from pyarith.engine.routing import tolerated
 from pyarith.engine.store import Store
-from pyarith.errors import NonFiniteError
+from pyarith.errors import NonFiniteError, SelfCheckError
 from pyarith.models.quantised import plain_tensors
 from pyarith.models.sites import ModelSites
 
@@ -64,11 +66,13 @@ class Collector:
                 shape = (*axes, n, foils) if metric == "foil_logits" else (*axes, n)
                 self.arrays[f"{name}_{metric}"] = np.full(shape, np.nan, kind)  # heads that are not run stay NaN
         self.arrays["noise_floor"] = np.zeros(layers, kind)
+        self.rerouted = [0] * layers  # identity rows of each layer that met other experts than the clean run
 
     @phase("readout")
     def read(self, block: Tensor, captured: Captured, rows: RowLogits, readout: Readout) -> dict[str, Array]:
         """What a block gives, on the host: ``logits [row, batch, target]`` and the model's own, clean and corrupted,
-        ``own [2, batch, target]`` and ``own_lse [2, batch]``; with log-probabilities ``lse [row, batch]``.
+        ``own [2, batch, target]`` and ``own_lse [2, batch]``; with log-probabilities ``lse [row, batch]``; for mixtures
+        of experts ``rerouted [entry, batch]``.
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
@@ -80,10 +84,16 @@ class Collector:
         found = dict(zip(wanted, _to_host(*wanted.values()), strict=True))
         if not (bool(torch.isfinite(found["logits"]).all()) and bool(torch.isfinite(found["own"]).all())):
             raise NonFiniteError(_first_non_finite(self.sites, captured, block))
+        if self.replay.rerouted.found is not None:
+            found["rerouted"] = self.replay.rerouted.found.cpu()
         return {name: tensor.numpy() for name, tensor in found.items()}
 
     def put(self, block: Tensor, found: dict[str, Array]) -> None:
-        """Store what ``read`` gave for a block of prompts."""
+        """Store what ``read`` gave for a block of prompts.
+
+        Raises:
+            SelfCheckError: an identity row went to other experts, which rounding in 32 or 64 bits does not explain.
+        """
         logits, own, own_lse = (torch.from_numpy(found[name]) for name in ("logits", "own", "own_lse"))
         lse = torch.from_numpy(found["lse"]) if "lse" in found else None
         index = block.numpy()
@@ -92,6 +102,24 @@ class Collector:
         identity = self._put_senders(index, logits, lse, own[0, :, 0])
         drift = (identity - own[0, :, 0]).abs().amax(1).numpy()
         np.maximum(self.arrays["noise_floor"], drift, out=self.arrays["noise_floor"])
+        if "rerouted" in found:
+            self._count_rerouted(found["rerouted"].sum(1).tolist(), drift, float(own[0, :, 0].abs().max()))
+
+    def _count_rerouted(self, numbers: list[int], drift: Array, scale: float) -> None:
+        """numbers [entry] of prompts, drift [n_layers] of identity logits as large as ``scale``."""
+        replay, sites = self.replay, self.sites
+        allowed = oracle.tolerance(sites, max(scale, 1.0))
+        for entry, number in zip(replay.entries, numbers, strict=True):
+            layer = None if entry is None else replay.identity_layer(entry)
+            if layer is None or not number:
+                continue
+            self.rerouted[layer] += number
+            if not tolerated(sites) and drift[layer] > allowed:
+                raise SelfCheckError(
+                    f"self-check: family {sites.spec.name!r}, layer {layer}: identity rows of {number} prompts went to "
+                    f"other experts than the clean run, and a logit moved by {drift[layer]:.2g} (tolerance "
+                    f"{allowed:.2g}); rounding to {sites.dtype} does not explain that, so no result is given"
+                )
 
     def _put_senders(self, index: Any, logits: Tensor, lse: Tensor | None, own: Tensor) -> Tensor:
         """Store all senders; returns the identity logits [n_layers, batch]."""

@@ -67,7 +67,8 @@ class Hooks:
 
     ``before(module, f)`` calls ``f(input)`` and, if it returns a tensor, uses that as the input;
     ``after(module, f)`` does the same with the output. Modules whose first result is a tuple hand over its first item.
-    ``watch(module, f)`` calls ``f(args, kwargs)`` before every call of the module and changes nothing.
+    ``watch(module, f)`` calls ``f(args, kwargs)`` before every call of the module and changes nothing;
+    ``see(module, f)`` calls ``f(output)`` after it, with tuples as they are.
     """
 
     def __init__(self) -> None:
@@ -105,3 +106,9 @@ class Hooks:
             call(args, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def see(self, module: nn.Module, call: Callable[[Any], None]) -> None:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            call(output)
+
+        self._handles.append(module.register_forward_hook(hook))

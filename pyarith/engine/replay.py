@@ -25,6 +25,7 @@ from pyarith.engine.capture import Captured
 from pyarith.engine.guard import output_of
 from pyarith.engine.phases import label
 from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split, split_norm
+from pyarith.engine.routing import Rerouted
 from pyarith.models.quantised import held_width
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import HeadOutputs, read_mlp
@@ -161,6 +162,7 @@ class Replay:
         self.unembed = read_unembed(sites)
         # rows in the GEMM's own dtype take the MLP's result in the GEMM; otherwise it waits for the next add_norm
         self.direct = sites.dtype == sites.row_dtype and self.mlp_post[0] is None
+        self.rerouted = Rerouted(sites, [None if entry is None else entry.identity_row for entry in self.entries])
         self._work: dict[str, Tensor] = {}
 
     def _optional_norm(self, module: nn.Module | None) -> Norm | None:
@@ -244,6 +246,7 @@ class Replay:
             base = captured.base[sites.n_layers]
             parts = [self._frozen(entry, rows, base, captured, readout, per_block) for entry in self.frozen_entries]
             return RowLogits.cat(parts)
+        self.rerouted.begin(captured.routes)
         alive, owed = 0, None
         for j, entry in enumerate(self.entries):
             yield j
@@ -309,10 +312,11 @@ class Replay:
             x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype)
             work = self._buffer("work", (n * mlp.width,), self.sites.dtype)
             split_norm(norm, rows, a, b, before, waiting, write, x)
-            if waiting is None:
-                mlp.add_to(x, rows[a:b], work)
-                continue
-            mlp.write_to(x, waiting[a:b], work)
+            with self.rerouted.watching(layer, a, b):
+                if waiting is None:
+                    mlp.add_to(x, rows[a:b], work)
+                    continue
+                mlp.write_to(x, waiting[a:b], work)
             if post is not None:
                 raw = self._buffer("post", (b - a, *rows.shape[1:]), rows.dtype)
                 post(raw.copy_(waiting[a:b]), None, None, waiting[a:b])
@@ -320,6 +324,12 @@ class Replay:
                 waiting[a:b].mul_(mlp.scale)
         # a copy: when it is due, a streamed layer's buffer may hold another layer
         return mlp.bias.clone() if waiting is None and mlp.bias is not None else None
+
+    def identity_layer(self, entry: Entry) -> int | None:
+        """The layer whose effects are measured against the identity row of ``entry``."""
+        if entry.head_layer is not None:
+            return entry.head_layer
+        return entry.mlp_layer if entry.mlp_layer is not None and not self.heads[entry.mlp_layer] else None
 
     def _read(
         self,

@@ -32,6 +32,7 @@ class BlockSites:
     mlp_norm: nn.Module | None
     mlp: nn.Module
     mlp_post_norm: nn.Module | None
+    router: nn.Module | None = None
 
     @property
     def mlp_reads(self) -> nn.Module:
@@ -271,6 +272,7 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
                 mlp_norm=optional(spec.mlp_norm),
                 mlp=find(block, spec.mlp, where),
                 mlp_post_norm=optional(spec.mlp_post_norm),
+                router=getattr(find(block, spec.mlp, where), spec.router, None) if spec.router else None,
             )
         )
     if len(blocks) != config.num_hidden_layers:
