@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import shutil
 import warnings
 from typing import Any
 
@@ -29,9 +31,12 @@ torchao = pytest.importorskip("torchao", reason="the extra quant is not installe
 from bitsandbytes.functional import _convert_weight_packed_for_cpu  # noqa: E402
 
 PAIRS = prompts((7, 5, 9))
-ANSWERS = [1, 2, 3]
+ANSWERS = [31, 40, 64]
 QUIET: dict[str, Any] = {"progress": False}
 FAMILIES = ("llama-gqa2", "gemma2", "gpt2", "neox")
+
+
+pytestmark = pytest.mark.usefixtures("loud_again")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +94,17 @@ def test_against_the_literal_protocol(folders: dict[str, Any], name: str, kind: 
         assert "quantised weights: " in repr(result)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, about transformers
+def test_adapters_on_quantised_weights(folders: dict[str, Any]) -> None:
+    """LoRA on 4 bits: what both make together is the head's write."""
+    peft = pytest.importorskip("peft", reason="peft is an optional dependency")
+    setting = peft.LoraConfig(r=2, target_modules=["o_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(load(folders["llama-gqa2"], "nf4", attn_implementation="eager"), setting).eval()
+    with untouched(wrapped):
+        heads, *_ = literal_oracle.path_patch(wrapped.base_model.model, PAIRS).at(np.array(ANSWERS))
+    np.testing.assert_allclose(patched(wrapped, verify=1).head_logits, heads, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", INT8)
 def test_int8_activations(folders: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a few steps of 8 bits of the literal protocol; what depends on the block is said and is in the floor."""
@@ -135,6 +151,24 @@ def test_knock_outs(folders: dict[str, Any]) -> None:
         assert "quantised weights: " in repr(swept)
 
 
+def test_command_line(tmp_path: Any) -> None:
+    """``pyarith discover`` on a quantised checkpoint in a folder."""
+    from typer.testing import CliRunner
+
+    from pyarith.cli import app
+    from pyarith.demo import MODEL_DIR
+
+    folder, out = tmp_path / "model", tmp_path / "run"
+    load(MODEL_DIR, "nf4").save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, folder)
+    ran = CliRunner().invoke(app, ["discover", str(folder), "--operator", "+", "--n", "8", "--out", str(out)])
+    assert ran.exit_code == 0, ran.output
+    settings = json.loads((out / "result" / "result.json").read_text())["settings"]
+    assert "bitsandbytes nf4 (" in settings["quantised"] and settings["dtype"] == "float32"
+    assert json.loads((out / "run.json").read_text())["model"]["fingerprint"] == model_fingerprint(load_plain(folder))
+
+
 # weights
 
 
@@ -178,12 +212,13 @@ def test_packed_weights(folders: dict[str, Any], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fingerprint(folders: dict[str, Any], kind: str) -> None:
-    """Stable over loading, running and copying; another when a scale or a code changes."""
+def test_fingerprint(folders: dict[str, Any], kind: str, tmp_path: Any) -> None:
+    """Stable over running, saving and loading; another when a scale or a code changes."""
     model = load(folders["llama-gqa2"], kind)
     first = model_fingerprint(model)
     patched(model, verify=0)
-    assert first == model_fingerprint(model) == model_fingerprint(load(folders["llama-gqa2"], kind))
+    model.save_pretrained(tmp_path)
+    assert first == model_fingerprint(model) == model_fingerprint(load_plain(tmp_path))
     weight = model.model.layers[1].mlp.up_proj.weight
     if kind.startswith("torchao"):
         weight.scale.mul_(2)

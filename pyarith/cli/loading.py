@@ -78,6 +78,8 @@ def load(
         folder = where if Path(where).is_dir() else _fetch(name, revision, local)
         return Loaded(stream_checkpoint(folder, device=place, dtype=_torch_dtype(dtype)), tokenizer, commit)
     wanted = {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True, **source}
+    quantised = getattr(config, "quantization_config", None) is not None
+    wanted |= {"device_map": {"": str(place)}} if quantised else {}  # transformers moves and casts others afterwards
     what = f"MODEL: cannot load the weights of {name!r}"
     model, info = _attempt(what, AutoModelForCausalLM.from_pretrained, where, hint, wanted)
     broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -86,6 +88,8 @@ def load(
         f"MODEL: expected a complete checkpoint, got {name!r} without fitting values for {len(broken)} tensors "
         f"({', '.join(broken[:3])}), which would be random",
     )
+    if quantised:
+        return Loaded(model.eval(), tokenizer, commit)
     if dtype == "auto" and place.type == "cpu" and str(model.dtype) == "torch.float16":
         note("stored in fp16, which CPUs compute very slowly: loaded in fp32 (--dtype fp16 keeps it)")
         model = model.float()
