@@ -2,9 +2,9 @@
 
 Clusters are visited in a random order; from time to time one looks at the intervals of all senders still in the race.
 A sender is surely *in* the smallest k when fewer than k others can lie at or below it, surely *out* when k others
-surely lie below it; both leave the race. The rest is settled together once no chosen one can lie more than a tolerance
-above one that is left out: what remains are ties (PAC subset selection: Kalyanakrishnan & Stone 2010, Efficient
-Selection of Multiple Bandit Arms; Even-Dar, Mannor & Mansour 2006, JMLR 7:1079, for the elimination).
+surely lie below it; both leave the race (Even-Dar, Mannor & Mansour 2006, JMLR 7:1079). With a tolerance others leave
+it earlier, as ties, such that at the end no sender that is in can lie more than the tolerance above one that is out
+(the guarantee of Kalyanakrishnan & Stone 2010, Efficient Selection of Multiple Bandit Arms, sec. 2).
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ class Race:
     Attributes:
         mean, low, high: fp64 [sender] at the last look that a sender took part in.
         status: int8 [sender], 1 = in, -1 = out, 0 = undecided.
-        tied: bool [sender], settled within the tolerance only.
         n_clusters: int64 [sender] clusters at that look.
     """
 
@@ -85,8 +84,14 @@ class Race:
         self.k = k
         self.mean, self.low, self.high = np.zeros(senders), np.full(senders, -np.inf), np.full(senders, np.inf)
         self.status = np.zeros(senders, np.int8)
-        self.tied = np.zeros(senders, bool)
+        self._sure = np.zeros(senders, np.int8)
+        self._ceiling, self._floor = np.inf, -np.inf
         self.n_clusters = np.zeros(senders, np.int64)
+
+    @property
+    def tied(self) -> Array:
+        """bool [sender] decided, but within the tolerance only."""
+        return np.asarray((self.status != 0) & (self.status != self._sure))
 
     @property
     def running(self) -> Array:
@@ -119,30 +124,49 @@ class Race:
         overlap = both_low <= both_high
         self.low[running] = np.where(overlap, both_low, low)
         self.high[running] = np.where(overlap, both_high, high)
-        while self._eliminate():
+        self._decide(tolerance)
+
+    def _decide(self, tolerance: float) -> None:
+        """Decide what can be decided from the intervals."""
+        while self._find_sure():
             pass
-        self._settle(tolerance)
+        while self._decide_one(tolerance):
+            pass
 
-    def _eliminate(self) -> bool:
-        """Decide senders that are surely in or out; whether there were any."""
+    def _find_sure(self) -> bool:
+        """Mark the senders that would be decided without a tolerance; whether there were new ones."""
+        rest, places = np.flatnonzero(self._sure == 0), self.k - int((self._sure == 1).sum())
+        low, high = np.sort(self.low[rest]), np.sort(self.high[rest])
+        reach = np.searchsorted(low, self.high[rest], "right") - 1  # others that may lie at or below this one
+        below = np.searchsorted(high, self.low[rest], "left")  # others that surely lie below it
+        self._sure[rest[reach < places]] = 1
+        self._sure[rest[below >= places]] = -1
+        return bool((self._sure[rest] != 0).any())
+
+    def _decide_one(self, tolerance: float) -> bool:
+        """Put one sender in or out such that, at the end, high <= low + tolerance for every one in and every one out.
+
+        The intervals of senders that are decided stay as they are. Without a tolerance this decides what is sure.
+        Kept true: of the undecided, enough for the free places have high <= ceiling, the smallest low + tolerance of
+        those out; and enough for the others have low + tolerance >= floor, the largest high of those in.
+        """
         running, places = self.running, self.places
-        low, high = np.sort(self.low[running]), np.sort(self.high[running])
-        reach = np.searchsorted(low, self.high[running], "right") - 1  # others whose interval reaches down to this one
-        below = np.searchsorted(high, self.low[running], "left")  # others whose whole interval lies below
-        self.status[running[reach < places]] = 1
-        self.status[running[below >= places]] = -1
-        return len(self.running) < len(running)
-
-    def _settle(self, tolerance: float) -> None:
-        """End the race when the best of the undecided are within the tolerance of being right."""
-        running = self.running
         if not len(running):
-            return
-        chosen = np.isin(running, self.chosen)
-        best, rest = running[chosen], running[~chosen]
-        if self.high[best].max() - self.low[rest].min() <= tolerance:
-            self.status[best], self.status[rest] = 1, -1
-            self.tied[running] = True
+            return False
+        high, raised = self.high[running], self.low[running] + tolerance
+        ceiling, floor = np.minimum(self._ceiling, raised), np.maximum(self._floor, high)
+        below = np.searchsorted(np.sort(high), ceiling, "right") - (high <= ceiling)
+        above = len(running) - np.searchsorted(np.sort(raised), floor, "left") - (raised >= floor)
+        out = (below >= places) & (raised >= self._floor)
+        into = (above >= len(running) - places) & (high <= self._ceiling)
+        order = np.argsort(self.mean[running], kind="stable")  # the furthest from the boundary goes first
+        if out.any():
+            one = order[out[order]][-1]
+            self.status[running[one]], self._ceiling = -1, float(ceiling[one])
+        elif into.any():
+            one = order[into[order]][0]
+            self.status[running[one]], self._floor = 1, float(floor[one])
+        return bool(out.any() or into.any())
 
 
 def check_tolerance(tolerance: float) -> None:
