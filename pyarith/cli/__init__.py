@@ -19,6 +19,8 @@ from pyarith.cli.command_report import report
 from pyarith.cli.command_reproduce import reproduce
 from pyarith.cli.command_transfer import transfer
 from pyarith.cli.command_tune import tune
+from pyarith.cli.job import alone
+from pyarith.cli.terminal import reported
 
 app = typer.Typer(
     name="pyarith",
@@ -54,11 +56,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in (None, "discover"):
+        with reported(debug=False):
+            alone(context.invoked_subcommand)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pyarith.cli.terminal import Terminal, count, percent, table
 if TYPE_CHECKING:
     from pyarith.discovery.adaptive import TopHeads
     from pyarith.discovery.discover import Discovery
-    from pyarith.reporting import Judgement
+    from pyarith.reporting import Judgement, RunDirectory
     from pyarith.result import PatchResult
 
 _NAMES = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division"}
@@ -41,8 +41,15 @@ class Found:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def explore(terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, **options: Any) -> Found:
-    """Draw prompts and patch, operator by operator. All prompts are drawn first: a bad option fails at once."""
+def explore(
+    terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, *, judged: bool = True, **options: Any
+) -> Found:
+    """Draw prompts and patch, operator by operator. All prompts are drawn first: a bad option fails at once.
+
+    Args:
+        judged: also say how sure the effects are.
+        options: for ``discover``.
+    """
     from pyarith import tasks
     from pyarith.discovery.discover import discover
     from pyarith.reporting import judge
@@ -70,6 +77,8 @@ def explore(terminal: Terminal, model: Any, tokenizer: Any, prompts: Prompts, **
                 model, pairs, only_correct=prompts.only_correct, progress=progress, **options
             )
         found.seconds[f"discovery {sign}"] = time.perf_counter() - start
+    if not judged:
+        return found
     start = time.perf_counter()
     for sign, discovery in found.discoveries.items():
         with terminal.step(f"Intervals and p-values: {name_of(sign)}"):
@@ -237,7 +246,7 @@ def _left_out(discovery: Discovery) -> list[str]:
 
 
 def write(
-    run: Any,
+    run: RunDirectory,
     found: Found,
     model: Any,
     *,
@@ -249,6 +258,21 @@ def write(
     revision: str | None = None,
 ) -> list[Path]:
     """Fill a run directory; returns the files to tell of. One operator lies at the top, several in a folder each."""
+    with run.alone():
+        return _write(run, found, model, command, name, title, settings, prompts, revision)
+
+
+def _write(
+    run: RunDirectory,
+    found: Found,
+    model: Any,
+    command: str,
+    name: str,
+    title: str,
+    settings: dict[str, Any],
+    prompts: Prompts,
+    revision: str | None,
+) -> list[Path]:
     from pyarith.plots import effects_figure, effects_panels
 
     discoveries = found.discoveries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,37 +72,47 @@ def discover(
     operators, styles = operator or ["+"], style or []
     settings = {key: value for key, value in locals().items() if key not in _NOT_SETTINGS}
     terminal = Terminal()
-    with reported(debug):
+    with reported(debug), ExitStack() as stack:
         from pyarith.cli.arithmetic import Prompts, explore, show, write
+        from pyarith.cli.job import job
         from pyarith.cli.loading import load
+        from pyarith.cli.runs import went_on
         from pyarith.cli.terminal import quiet_libraries
         from pyarith.reporting import RunDirectory
 
         start = time.perf_counter()
+        ranks, place = stack.enter_context(job(terminal, device))
         run = None if out is None else RunDirectory(out)
         with terminal.step(f"Loading {model}"):
             quiet_libraries()
             loaded = load(
                 model,
                 dtype=dtype,
-                device=device,
+                device=place,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 stream=stream,
                 note=terminal.note,
             )
         seconds = time.perf_counter() - start
-        if run is not None and not force and run.done("discover", loaded.model, settings):
+        done = ranks.tell(lambda: run is not None and not force and run.done("discover", loaded.model, settings))
+        if done:
             terminal.line(f"Done already: {out} holds this run; --force does it again")
             return
+        if run is not None and ranks.rank == 0:
+            went_on(terminal, run, force)
+        ranks.meet()
         prompts = Prompts(operators, corruption, n, seed, styles, only_correct)
         options: dict[str, Any] = {"mlps": mlps, "memory_budget": memory_budget, "backend": backend, "verify": verify}
         options |= {"top_k": top_k, "confidence": confidence, "tolerance": tolerance, "seed": seed}
-        found = explore(terminal, loaded.model, loaded.tokenizer, prompts, **options)
+        options |= {"resume": None if run is None else run.parts}
+        # what is written and printed is rank 0's business
+        found = explore(terminal, loaded.model, loaded.tokenizer, prompts, judged=ranks.rank == 0, **options)
+        if ranks.rank:
+            return
         found.seconds = {"loading": seconds, **found.seconds}
         facts = next(iter(found.discoveries.values())).result.settings
-        precision, place = facts["dtype"], facts["device"]
-        terminal.line(f"{model} in {precision} on {place}, corruption: {corruption}")
+        terminal.line(f"{model} in {facts['dtype']} on {facts['device']}, corruption: {corruption}")
         show(terminal, found, top)
         terminal.line()
         if run is not None:

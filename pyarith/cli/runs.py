@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyarith.cli.terminal import Terminal, percent
 
 if TYPE_CHECKING:
-    from pyarith.reporting import SavedRun, Step
+    from pyarith.reporting import RunDirectory, SavedRun, Step
 
 _DEMO = "pyarith demo model"
 
@@ -62,7 +62,7 @@ def done_already(terminal: Terminal, step: Step) -> None:
         terminal.line(f"  {step.folder / name}")
 
 
-def went_on(terminal: Terminal, step: Step, force: bool) -> None:
+def went_on(terminal: Terminal, step: Step | RunDirectory, force: bool) -> None:
     """Says that parts of an interrupted run are there, or throws them away where all is to be done again."""
     if force:
         step.forget_parts()

@@ -24,6 +24,10 @@ class Terminal:
         self.out = Console(file=sys.stdout, highlight=False, emoji=False)
         self.err = Console(file=sys.stderr, highlight=False, emoji=False, stderr=True)
 
+    def mute(self) -> None:
+        """Say nothing from here on."""
+        self.out.quiet = self.err.quiet = True
+
     def line(self, text: str = "", style: str | None = None) -> None:
         """A line of results; never broken, brackets mean nothing."""
         self.out.print(text, style=style, markup=False, soft_wrap=True)
@@ -39,7 +43,7 @@ class Terminal:
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
         """Says what is going on while it is, on a terminal only."""
-        if not self.err.is_terminal:
+        if not self.err.is_terminal or self.err.quiet:
             yield
             return
         with self.err.status(what):
@@ -49,7 +53,7 @@ class Terminal:
     def bar(self, what: str, total: int) -> Iterator[Callable[..., None] | bool]:
         """A progress function ``(done, total, more="")`` for ``fast_patch`` and others, or False where stderr is not a
         terminal; ``more`` stands behind ``what``."""
-        if not self.err.is_terminal:
+        if not self.err.is_terminal or self.err.quiet:
             yield False
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from pyarith.discovery.adaptive import TopHeads, find_top
 from pyarith.discovery.patching import fast_patch
 from pyarith.engine import guard
+from pyarith.engine.ranks import common, team
+from pyarith.engine.store import Part, Store, circumstances, digest
 from pyarith.errors import InputError, InputTypeError, check
 from pyarith.models.sites import ModelSites, resolve
 from pyarith.models.streaming import opened
@@ -75,6 +78,7 @@ class Discovery:
         }
 
 
+@team()
 def discover(
     model: Any,
     pairs: PromptPairs,
@@ -84,6 +88,7 @@ def discover(
     confidence: float = 0.95,
     tolerance: float | None = None,
     seed: int = 0,
+    resume: str | Path | None = None,
     **options: Any,
 ) -> Discovery:
     """Path patching of every head and MLP on ``pairs``, with the model's accuracy on them.
@@ -96,13 +101,17 @@ def discover(
     a head that acts on fewer than about a tenth of the pairs may be judged by the others. MLPs are not run.
 
     Args:
-        model: a supported Hugging Face causal LM, never changed, or the folder of its checkpoint (``stream_checkpoint``).
+        model: a supported Hugging Face causal LM, never changed, or the folder of its checkpoint
+            (``stream_checkpoint``).
         pairs: from ``pa.tasks.arithmetic`` or ``PromptPairs.from_text``.
         only_correct: leave out the prompts that the model answers wrongly, and count them.
         top_k: number of heads to find; None runs all heads and MLPs on all prompts.
         confidence, tolerance, seed: only with ``top_k``: of all decisions together; heads whose mean changes differ by
             no more logits than the tolerance count as ties (None: the noise floor of the run); of the order.
+        resume: a folder in which finished blocks of prompts are kept, as in ``fast_patch``.
         options: keyword arguments of ``fast_patch`` (``senders``, ``mlps``, ``memory_budget``, ``verify``, ...).
+    Under torchrun every rank makes the same call, and all return the whole result; see ``fast_patch``.
+
     Returns:
         A ``Discovery``.
     Raises:
@@ -118,9 +127,10 @@ def discover(
     model = opened(model)
     sites = resolve(model, streams=True)
     check(top_k is not None or tolerance is None, f"tolerance: expected None without top_k, got {tolerance!r}")
+    parts = Store(resume).under(lambda: ["answers", circumstances(sites)])
     start = time.perf_counter()
     at_once = only_correct or top_k is None  # else only the prompts that the race needed are looked at, after it
-    correct, still = _answered(sites, pairs) if at_once else np.ones((2, len(pairs)), bool)
+    correct, still = _answered(sites, pairs, parts) if at_once else np.ones((2, len(pairs)), bool)
     middle = time.perf_counter()
     kept = correct if only_correct else np.ones_like(correct)
     if not kept.any():
@@ -132,15 +142,15 @@ def discover(
     n_wrong, n_left_out = int((~correct).sum()), len(pairs) - len(used)
     correct, still, top = correct[kept], still[kept], None
     if top_k is None:
-        result = fast_patch(model, used, **options)
+        result = fast_patch(model, used, resume=resume, **options)
     else:
         shape = sites.n_layers, sites.n_heads
         race: dict[str, Any] = {"confidence": confidence, "tolerance": tolerance, "seed": seed}
-        top, result, order = find_top(model, used, shape, top_k, **race, **options)
+        top, result, order = find_top(model, used, shape, top_k, **race, resume=resume, **options)
         used, correct, still = used.subset(order), correct[order], still[order]
     patched = time.perf_counter()
     if not at_once:
-        correct, still = _answered(sites, used)
+        correct, still = _answered(sites, used, parts)
         n_wrong = int((~correct).sum())
     return Discovery(
         pairs=used,
@@ -162,14 +172,25 @@ def _blocks(pairs: PromptPairs) -> Iterator[np.ndarray]:
         yield from np.array_split(rows, min(len(rows), blocks))
 
 
-def _answered(sites: ModelSites, pairs: PromptPairs) -> np.ndarray:
+def _answered(sites: ModelSites, pairs: PromptPairs, parts: Store) -> np.ndarray:
     """bool [2, batch], clean and corrupted: is the answer the first choice at END? (A softcap changes no order.)"""
-    right = np.zeros((2, len(pairs)), bool)
-    with guard.untouched(sites.model):
-        for rows in _blocks(pairs):
-            both = np.concatenate([pairs.clean[rows], pairs.corrupted[rows]])
-            ids = torch.tensor(both[:, : pairs.lengths[rows[0]]], device=sites.device)
+    blocks = list(_blocks(pairs))
+
+    def compute(number: int) -> Part:
+        rows = blocks[number]
+        both = np.concatenate([pairs.clean[rows], pairs.corrupted[rows]])[:, : pairs.lengths[rows[0]]]
+        found = parts.get(both)
+        if found is None:
+            ids = torch.tensor(both, device=sites.device)
             end = sites.decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[:, -1]
-            choices = sites.unembed(end).argmax(-1).cpu().numpy().reshape(2, -1)
-            right[:, rows] = choices == pairs.answers[rows]
+            found = Part({"choices": sites.unembed(end).argmax(-1).cpu().numpy().reshape(2, -1)}, {})
+            parts.put((both,), found.arrays)
+        return found
+
+    right = np.zeros((2, len(pairs)), bool)
+    with team() as ranks, guard.untouched(sites.model):
+        data = pairs.clean, pairs.corrupted, pairs.lengths, pairs.answers
+        ranks.same(lambda: {**common(sites), "data": digest([np.asarray(one) for one in data])})
+        for number, part in ranks.share(len(blocks), compute):
+            right[:, blocks[number]] = part.arrays["choices"] == pairs.answers[blocks[number]]
     return right

@@ -16,11 +16,10 @@ from pyarith.engine.batch import Batch, make_batch
 from pyarith.engine.collect import Options
 from pyarith.engine.planner import parse_bytes
 from pyarith.engine.progress import Bar, Progress, check_progress
-from pyarith.engine.ranks import code, team
+from pyarith.engine.ranks import common, team
 from pyarith.engine.run import run
 from pyarith.engine.store import Store, circumstances, digest, versions
 from pyarith.errors import BackendError, InputTypeError, check
-from pyarith.models.fingerprint import model_fingerprint
 from pyarith.models.sites import ModelSites, resolve
 from pyarith.models.streaming import opened
 from pyarith.ops._registry import NAMES as BACKENDS
@@ -198,9 +197,7 @@ def _facts(sites: ModelSites, batches: list[Batch], budget: int | None, verify: 
     """What the ranks of a run must have in common."""
     names = ("senders: heads", "senders: mlps", "mlps", "log_probs", "backends")
     return {
-        "code": code(),
-        "versions": versions(),
-        "model": [model_fingerprint(sites.model), str(sites.dtype), sites.attention],
+        **common(sites),
         "data": digest([batch.identity() for batch in batches]),
         "memory_budget": budget,
         "verify": verify,

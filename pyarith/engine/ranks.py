@@ -23,8 +23,10 @@ from typing import Any
 
 from pyarith import __version__
 from pyarith.engine.progress import Progress
-from pyarith.engine.store import Part, pack, unpack
+from pyarith.engine.store import Part, pack, unpack, versions
 from pyarith.errors import RankError, check
+from pyarith.models.fingerprint import model_fingerprint
+from pyarith.models.sites import ModelSites
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a rank counts as dead
@@ -49,6 +51,11 @@ class Team:
         self._seen: dict[int, tuple[str, float]] = {}
         self._ended = threading.Event()
         self._lock = threading.Lock()  # of the key "alive": what is said last stays
+
+    @property
+    def name(self) -> str:
+        """This rank, its host and process."""
+        return self._names[self.rank]
 
     def shown(self, progress: Progress) -> Progress:
         """The bar is rank 0's; the caller's own function is called on every rank."""
@@ -80,6 +87,10 @@ class Team:
         if self.rank == 0:
             self._set(key, json.dumps(value()))
         return json.loads(self._wait(key, 0))
+
+    def meet(self) -> None:
+        """Every rank waits here for the others."""
+        self.gather(lambda: None)
 
     def same(self, facts: Callable[[], dict[str, Any]]) -> None:
         """See that every rank has the same facts; not called on one rank.
@@ -353,12 +364,25 @@ def joined(device: str) -> Iterator[Team]:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=ARRIVAL))
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=ARRIVAL))
+    except (RuntimeError, ValueError) as error:
+        where = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
+        raise RankError(f"cannot join the other ranks ({where}): {' '.join(str(error).split())}") from error
     try:
         with team() as found:
             yield found
     finally:
         dist.destroy_process_group()
+
+
+def common(sites: ModelSites) -> dict[str, Any]:
+    """What the ranks of any run on a model have in common: facts for ``Team.same``."""
+    return {
+        "code": code(),
+        "versions": versions(),
+        "model": [model_fingerprint(sites.model), str(sites.dtype), sites.attention],
+    }
 
 
 @functools.cache

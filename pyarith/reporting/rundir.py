@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarith.discovery.discover import Discovery
 from pyarith.errors import InputError, check
-from pyarith.reporting.files import REPORT, file_hash, is_report, settings_hash, whole, write_json
+from pyarith.reporting.files import REPORT, file_hash, is_report, locked, settings_hash, whole, write_json
 from pyarith.reporting.fingerprint import data_hash, model_fingerprint
 from pyarith.reporting.judgement import Judgement
 from pyarith.reporting.saved import FORMAT, RECORD
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS = ("knockout", "analysis", "transfer", "tune", "profile")  # of later commands; gone with their run
-_STAGE = ".partial"
+_STAGE, _PARTS, _LOCK = ".partial", ".discover.parts", ".lock"
 
 
 class RunDirectory:
@@ -32,7 +35,8 @@ class RunDirectory:
 
     Files are written to a hidden folder in it; ``finish`` moves them and writes ``run.json`` last, so a kill leaves the
     earlier run as it was, or no ``run.json``. An earlier run of pyarith is replaced by then: the files that it and the
-    steps after it list are deleted, others stay.
+    steps after it list are deleted, others stay. Of several processes that do the same run at the same time, each
+    inside ``alone`` from the first file on, the first to finish writes it.
 
     Args:
         path: new, empty, or holding an earlier run.
@@ -52,15 +56,13 @@ class RunDirectory:
     def _earlier(self) -> tuple[list[str], dict[str, Any]]:
         """The files of an earlier run and its record. Of an interrupted one there may be no more than the stage."""
         entries = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        if not [name for name in entries if name != _STAGE]:
+        if not [name for name in entries if not name.startswith((_STAGE, _PARTS, _LOCK))]:
             return [], {}
-        for file in (self.path / RECORD, self._stage / RECORD):
-            try:
-                record = json.loads(file.read_text(encoding="utf-8"))
-                if record["tool"] == "pyarith":
-                    return [str(name) for name in record["files"]], record
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
+        # the record may be on its way from the second place to the first
+        for file in (self.path / RECORD, self._stage / RECORD, self.path / RECORD):
+            record = _read(file)
+            if record is not None:
+                return [str(name) for name in record["files"]], record
         raise InputError(
             f"out: expected a new or empty directory or one with an earlier run of pyarith, got {self.path} with "
             f"{entries[:3]} in it; choose another"
@@ -68,10 +70,32 @@ class RunDirectory:
 
     def done(self, command: str, model: Any, settings: dict[str, Any]) -> bool:
         """Whether the directory holds this very run, finished: command, settings, model and all files."""
-        old = self._record
-        same = old.get("command") == command and old.get("format") == FORMAT and (self.path / RECORD).is_file()
+        return (self.path / RECORD).is_file() and self._same(self._record, command, model, settings)
+
+    def _same(self, old: dict[str, Any], command: str, model: Any, settings: dict[str, Any]) -> bool:
+        same = old.get("command") == command and old.get("format") == FORMAT
         same = same and old.get("key") == _key(command, settings) and whole(self.path, old.get("hashes"))
         return same and bool(old["model"]["fingerprint"] == model_fingerprint(model))
+
+    @property
+    def parts(self) -> Path:
+        """A folder for finished blocks of prompts, kept over a kill; gone with ``finish``."""
+        return self.path / _PARTS
+
+    def forget_parts(self) -> None:
+        """Throw away finished blocks. Another process may be using the folder: it makes a new one then."""
+        gone = self.path / f"{_PARTS}.{secrets.token_hex(4)}"
+        with suppress(FileNotFoundError):
+            os.replace(self.parts, gone)
+        for folder in self.path.glob(f"{_PARTS}.*"):  # also what a kill left of an earlier one
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process is inside this in the same directory."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / _LOCK):
+            yield
 
     def file(self, name: str) -> Path:
         """Where to write a file, its folder made; it gets to its place, and is listed in the record, by ``finish``."""
@@ -156,6 +180,8 @@ class RunDirectory:
     ) -> Path:
         """Move all files to their place and write ``run.json``; a directory without it was not finished.
 
+        Where another process has finished the same run meanwhile, that one stays.
+
         Args:
             command: what was run, such as ``"discover"``.
             model: the model, for its fingerprint.
@@ -165,6 +191,13 @@ class RunDirectory:
             seconds: wall-clock time of each step.
             revision: the commit of a hub model, where it is known.
         """
+        now = _read(self.path / RECORD)
+        if now is not None and now != self._record:
+            if self._same(now, command, model, settings):
+                shutil.rmtree(self._stage)
+                self.forget_parts()
+                return self.path / RECORD
+            self._old = [str(name) for name in now["files"]]
         first: dict[str, Any] = next((run["patching"] for run in self._runs.values()), {})
         parameters = list(model.parameters())
         record = {
@@ -201,7 +234,17 @@ class RunDirectory:
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._stage / file, self.path / file)
         shutil.rmtree(self._stage)
+        self.forget_parts()
         return self.path / RECORD
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A record of pyarith, None where there is none that can be read."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record if record["tool"] == "pyarith" and isinstance(record["files"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _key(command: str, settings: dict[str, Any]) -> str:
