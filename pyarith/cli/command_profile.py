@@ -305,7 +305,9 @@ def _say_size(terminal: Terminal, size: JobSize, dtype: str) -> None:
     lines = {
         "parameters": f"{size.parameters / 1e9:.3g} billion",
         "weights": f"{amount(size.weight_bytes)} in {dtype}",
-        "memory beyond them": f"{amount(cost.bytes)}, in blocks of {count(plan.prompts, 'prompt')}",
+        "memory beyond them": f"{amount(cost.bytes)}, in blocks of {count(plan.prompts, 'prompt')}: the weights are "
+        f"read {count(size.sweeps, 'time')}",
+        "  without a budget": f"{amount(size.one_sweep_bytes)}, in blocks of {count(size.one_sweep.prompts, 'prompt')}",
         "work": f"{amount(size.flop, 'FLOP')}: captures {amount(cost.capture_flop, 'FLOP')}, rows "
         f"{amount(cost.replay_flop, 'FLOP')}",
         "one forward per sender": f"{amount(size.literal_flop, 'FLOP')}, {size.literal_flop / size.flop:.0f} times",

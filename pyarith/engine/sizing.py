@@ -24,6 +24,8 @@ from pyarith.models.families import FAMILIES
 from pyarith.models.random_weights import NoDraws
 from pyarith.models.sites import resolve, supported_families
 
+_PLENTY = 2**60  # bytes: no limit to any block
+
 
 @dataclass(frozen=True)
 class JobShape:
@@ -70,6 +72,9 @@ class JobSize:
         plan: blocks.
         forecast: FLOP, bytes beyond the model, seconds at the rate that was given.
         literal_flop: of one forward pass per head and MLP.
+        one_sweep: blocks with which the weights are read once, whatever the budget (at most 128 prompts a block).
+        one_sweep_bytes: beyond the model, with those.
+        sweeps: how often the weights are read with ``plan``.
     """
 
     parameters: int
@@ -77,6 +82,9 @@ class JobSize:
     plan: Plan
     forecast: Forecast
     literal_flop: float
+    one_sweep: Plan
+    one_sweep_bytes: int
+    sweeps: int
 
     @property
     def flop(self) -> float:
@@ -90,6 +98,9 @@ class JobSize:
             "plan": vars(self.plan),
             "forecast": self.forecast.record(),
             "literal_flop": self.literal_flop,
+            "one_sweep": vars(self.one_sweep),
+            "one_sweep_bytes": self.one_sweep_bytes,
+            "sweeps": self.sweeps,
         }
 
 
@@ -124,7 +135,7 @@ def size_of_job(
     batch = make_batch(sites, **shape.inputs(sites.d_vocab))
     sites = replace(sites, device=torch.device(device))  # whose limits the planner takes; no tensor is made there
     planner = Planner(sites, replay, batch, stored_prefix(sites, batch), True)
-    plan = planner.plan(memory_budget)
+    plan, widest = planner.plan(memory_budget), planner.plan(_PLENTY)
     parameters = list(model.parameters())
     block = sum(p.numel() for p in sites.blocks[0].block.parameters())
     forward = 2.0 * block * sites.n_layers * shape.tokens * shape.prompts
@@ -134,6 +145,9 @@ def size_of_job(
         plan,
         planner.forecast(plan, rate),
         forward * sites.n_layers * (sites.n_heads + 1),
+        widest,
+        planner.bytes(widest),
+        -(-shape.prompts // plan.prompts),
     )
 
 
