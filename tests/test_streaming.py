@@ -111,10 +111,10 @@ def test_is_known_by_its_weights(dtype: Any) -> None:
     model, _ = pa.load_demo()
     streamed = pa.stream_checkpoint(MODEL_DIR, device="cpu", dtype=dtype)
     assert model_fingerprint(streamed) == model_fingerprint(model if dtype is None else model.to(dtype))
-    circumstances(resolve(streamed, streams=True))  # its own hooks are no reason to refuse
+    circumstances(resolve(streamed, spread=True))  # its own hooks are no reason to refuse
     streamed.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     with pytest.raises(InputError, match=r"without hooks.*got some on model.layers.1.mlp"):
-        circumstances(resolve(streamed, streams=True))
+        circumstances(resolve(streamed, spread=True))
 
 
 def test_others_refuse_it() -> None:

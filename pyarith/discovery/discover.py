@@ -125,7 +125,7 @@ def discover(
     check(given, f"pairs: expected PromptPairs, got {type(pairs).__name__}; see pa.tasks.arithmetic", InputTypeError)
     check(len(pairs) > 0, "pairs: expected at least one, got none")
     model = opened(model)
-    sites = resolve(model, streams=True)
+    sites = resolve(model, spread=True)
     check(top_k is not None or tolerance is None, f"tolerance: expected None without top_k, got {tolerance!r}")
     parts = Store(resume).under(lambda: ["answers", circumstances(sites)])
     start = time.perf_counter()

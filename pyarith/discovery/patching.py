@@ -157,7 +157,7 @@ def patch(
         check_progress(progress)
         budget, store = parse_bytes(memory_budget), Store(resume)
         model = opened(model)
-        sites = resolve(model, streams=True)
+        sites = resolve(model, spread=True)
         backends = _backends(sites, backend)
         checked = [make_batch(sites, **batch) for batch in list(batches)]
         check(len(checked) > 0, "clean: expected at least one batch, got an empty iterable")

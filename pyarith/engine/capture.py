@@ -159,7 +159,7 @@ def recording(
     last: dict[str, Tensor] = {}
 
     def at_ends(x: Tensor, index: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1])[index]
+        return x.reshape(-1, x.shape[-1])[index.to(x.device)].to(sites.device)
 
     def as_is(x: Tensor) -> Tensor:
         return x
@@ -248,7 +248,7 @@ def finish(sites: ModelSites, last: dict[str, Tensor], into: Captured, at: slice
         write = output_of(block.mlp, last["mlp_input"][None])
     if block.mlp_post_norm is not None:
         write = block.mlp_post_norm(write)
-    write = sites.scaled(write)
+    write = sites.scaled(write.to(sites.device))
     if into.dmlp is not None:
         _put_difference(into.dmlp[-1, at], write[0])
     if sites.parallel:

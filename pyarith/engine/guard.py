@@ -20,7 +20,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     ropes = [_Rope(module) for module in model.modules() if hasattr(module, "rope_type")]
-    device = next(model.parameters()).device.type
+    device = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")  # offloaded ones are on meta
     try:
         for module in training:
             module.training = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,23 +92,25 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
     other[0, -1] = (other[0, -1] + 1) % sites.d_vocab
     targets = batch.targets[:, 0].unique()[:64].to(sites.device)[None]
     forward, backward = _capture_pair(sites, ids, other), _capture_pair(sites, other, ids)
-    own = _forward(sites, ids[0])[targets[0]]
+    with _Experts(sites, -1) as model:
+        own = _forward(sites, ids[0])[targets[0]]
+    elsewhere = _differ(model, {} if forward.routes is None else dict(enumerate(forward.routes[:, 0])))
     scale = float(own.abs().max().clamp_min(1.0))
     readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
-    _compare(sites, "final norm and unembedding", readout.of_hidden(forward.clean_hidden)[0], own, scale)
+    _compare(sites, "final norm and unembedding", readout.of_hidden(forward.clean_hidden)[0], own, scale, elsewhere)
     checker = Replay(sites, replay.backend, heads=True, mlps=True, frozen=False, log_probs=False)
     logits = checker.run(forward, targets, row_block=checker.n_variants).logits
     for j, entry in enumerate(checker.entries):
         if entry is not None:
             where = f"rows that start at layer {min(j, sites.n_layers - 1)}"
-            elsewhere = checker.rerouted.found is not None and bool(checker.rerouted.found[j].any())
-            _compare(sites, where, logits[entry.identity_row, 0], own, scale, elsewhere)
+            rerouted = checker.rerouted.found is not None and bool(checker.rerouted.found[j].any())
+            _compare(sites, where, logits[entry.identity_row, 0], own, scale, elsewhere or rerouted)
     for layer, w_o in enumerate(checker.w_o):
         sites.ready(layer)
         # what attention writes must be the sum of what its heads write
         clean, changed = (c.writes if c.raw is None else c.raw for c in (forward, backward))
         scale = sites.residual_scale if forward.raw is None else 1.0
-        found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean.dtype), alpha=scale)
+        found = torch.addmm(clean[layer], forward.dz[layer], w_o.flatten(0, 1).to(clean), alpha=scale)
         size = max(float(clean[layer].abs().max()), float(changed[layer].abs().max()))
         _compare(sites, f"layer {layer}, attention write", found, changed[layer], size)
     if state is not None:
@@ -205,23 +207,23 @@ def _always(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
 
 
-def went_elsewhere(
-    sites: ModelSites, clean: Tensor, corrupted: Tensor, target: int, sender: Sender, backend: str
-) -> bool:
+def went_elsewhere(sites: ModelSites, batch: Batch, prompt: int, sender: Sender, backend: str) -> bool:
     """Whether END of a literal re-run and the sender's replayed row choose different experts in some layer."""
+    n, target = int(batch.lengths[prompt]), batch.targets[prompt, :1]
     literally, replayed = _Experts(sites, -1), _Experts(sites, 0)
     with literally:
-        literal(sites, clean, corrupted, target, sender, frozen=False)
+        literal(sites, batch.clean[prompt, :n], batch.corrupted[prompt, :n], int(target), sender, frozen=False)
     replay = Replay(sites, backend, heads=True, mlps=True, frozen=False, log_probs=False)
     places = {
         Sender(e.head_layer, h): e.start + h for e in replay.entries if e and e.head_layer is not None for h in e.heads
     }
     places |= {Sender(e.mlp_layer, None): e.mlp_row for e in replay.entries if e and e.mlp_layer is not None}
-    captured = _capture_pair(sites, clean[None], corrupted[None])
+    captured = allocate(sites, 1, mlps=True)
+    capture(sites, batch, torch.tensor([prompt]), Prefix(sites, batch.clean[0, :0]), captured, slice(0, 1))
     replayed.row = places[sender]
     with replayed:
-        replay.run(captured, torch.tensor([[target]], device=sites.device), row_block=replay.n_variants)
-    return any(not torch.equal(experts, literally.found[layer]) for layer, experts in replayed.found.items())
+        replay.run(captured, target[None].to(sites.device), row_block=replay.n_variants)
+    return _differ(literally, replayed.found)
 
 
 class _Experts(Hooks):
@@ -242,3 +244,8 @@ class _Experts(Hooks):
         experts = experts_of(output)
         if self.row < len(experts):
             self.found[layer] = experts[self.row]
+
+
+def _differ(one: _Experts, other: Mapping[int, Tensor]) -> bool:
+    """Whether some layer of both has different experts."""
+    return any(not torch.equal(experts, other[layer]) for layer, experts in one.found.items() if layer in other)

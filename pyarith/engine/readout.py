@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyarith import ops
 from pyarith.errors import UnsupportedModelError
 from pyarith.models.sites import ModelSites
-from pyarith.models.weights import NormWeights, Projection, read_norm, read_projection
+from pyarith.models.weights import NormWeights, Projection, fetch_projection, read_norm
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_unembed(sites: ModelSites) -> Projection:
     Raises:
         UnsupportedModelError: it is not a plain linear layer.
     """
-    projection = read_projection(sites.unembed)
+    projection = fetch_projection(sites.unembed)
     if projection is None:
         raise UnsupportedModelError(
             f"model: family {sites.spec.name!r}: expected {sites.spec.unembed} to be a plain nn.Linear without hooks "

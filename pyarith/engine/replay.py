@@ -163,7 +163,7 @@ class Replay:
         # rows in the GEMM's own dtype take the MLP's result in the GEMM; otherwise it waits for the next add_norm
         self.direct = sites.dtype == sites.row_dtype and self.mlp_post[0] is None
         self.rerouted = Rerouted(sites, [None if entry is None else entry.identity_row for entry in self.entries])
-        self._work: dict[str, Tensor] = {}
+        self._work: dict[tuple[str, torch.device], Tensor] = {}
 
     def _optional_norm(self, module: nn.Module | None) -> Norm | None:
         return None if module is None else Norm(self.sites, module, self.backend)
@@ -202,21 +202,25 @@ class Replay:
         width = max(m.width or m.held for m in self.mlps) or 4 * sites.d_model
         return sites.dtype.itemsize * (sites.d_model + width) + sites.row_dtype.itemsize * sites.d_model
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = torch.Size(shape).numel()
-        have = self._work.get(name)
+    def _buffer(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        device = self.sites.device if device is None else device
+        size, key = torch.Size(shape).numel(), (name, device)
+        have = self._work.get(key)
         if have is None or have.numel() < size or have.dtype != dtype:
-            self._work.pop(name, None)  # free before the larger one is made
-            have = self._work[name] = torch.empty(size, dtype=dtype, device=self.sites.device)
+            self._work.pop(key, None)  # free before the larger one is made
+            have = self._work[key] = torch.empty(size, dtype=dtype, device=device)
             label(f"replay {name}", have)
         return have[:size].view(shape)
 
     def _reserve(self, variants: int, batch: int) -> None:
         """Make the buffers of a row block at their final size: grown layer by layer, old and new would coexist."""
         width = max(m.width for m in self.mlps)
-        self._buffer("x", (variants, batch, self.sites.d_model), self.sites.dtype)
-        if width and not self.frozen:
-            self._buffer("work", (variants * batch * width,), self.sites.dtype)
+        for device in {*self.sites.devices, self.sites.device}:
+            self._buffer("x", (variants, batch, self.sites.d_model), self.sites.dtype, device)
+            if width and not self.frozen:
+                self._buffer("work", (variants * batch * width,), self.sites.dtype, device)
 
     def release(self) -> None:
         self._work.clear()
@@ -237,7 +241,7 @@ class Replay:
         """The same, entry by entry: yields j where block j must be captured up to its MLP, n_layers where all must."""
         sites = self.sites
         batch = len(targets)
-        rows = self._buffer("rows", (self.n_variants, batch, sites.d_model), sites.row_dtype)
+        rows = self._rows(batch, sites.device if self.frozen else sites.devices[0])
         per_block = max(1, row_block // batch)
         self._reserve(min(per_block, self.n_variants), batch)
         readout = Readout(sites, self.final_norm, self.unembed, targets, self.backend)
@@ -251,37 +255,53 @@ class Replay:
         for j, entry in enumerate(self.entries):
             yield j
             before = alive
+            rows = self._travel(rows, alive, sites.devices[j] if j < sites.n_layers else sites.device)
             if entry is not None:
                 self._enter(entry, rows, captured.base[j], captured)
                 alive = entry.stop
-            write = self._incoming(captured, j, owed)
+            write = self._incoming(captured, j, owed, rows.device)
             if j < sites.n_layers and alive:
                 sites.ready(j)
                 owed = self._advance(j, rows, before, alive, write, per_block)
         return self._read(readout, rows, before, alive, write, self._waiting(rows), per_block)
 
-    def _incoming(self, captured: Captured, j: int, owed: Tensor | None) -> Tensor | None:
+    def _rows(self, batch: int, device: torch.device) -> Tensor:
+        return self._buffer("rows", (self.n_variants, batch, self.sites.d_model), self.sites.row_dtype, device)
+
+    def _travel(self, rows: Tensor, alive: int, device: torch.device) -> Tensor:
+        """Rows on the device of their next layer, with what waits to be added to them."""
+        if rows.device == device:
+            return rows
+        there = self._rows(rows.shape[1], device)
+        there[:alive].copy_(rows[:alive])
+        waiting, waiting_there = self._waiting(rows), self._waiting(there)
+        if waiting is not None and waiting_there is not None:
+            waiting_there[:alive].copy_(waiting[:alive])
+        return there
+
+    def _incoming(self, captured: Captured, j: int, owed: Tensor | None, device: torch.device) -> Tensor | None:
         """What rows that entered before entry j meet there: the frozen attention write, and the owed MLP bias."""
         source = j - 1 if self.sites.parallel else j
-        write = captured.writes[source] if 0 <= source < self.sites.n_layers else None
+        write = captured.writes[source].to(device) if 0 <= source < self.sites.n_layers else None
         if owed is None:
             return write
-        owed = owed.to(self.sites.row_dtype).expand(captured.base.shape[1:])
+        owed = owed.to(device, self.sites.row_dtype).expand(captured.base.shape[1:])
         return owed.contiguous() if write is None else write + owed
 
     def _waiting(self, rows: Tensor) -> Tensor | None:
-        return None if self.direct else self._buffer("waiting", tuple(rows.shape), self.sites.dtype)
+        return None if self.direct else self._buffer("waiting", tuple(rows.shape), self.sites.dtype, rows.device)
 
     def _enter(self, entry: Entry, rows: Tensor, base: Tensor, captured: Captured) -> None:
-        sites = self.sites
-        identity = rows[entry.identity_row]
+        sites, device = self.sites, rows.device
+        identity, base = rows[entry.identity_row], base.to(device)
         identity.copy_(base)
         if entry.head_layer is not None:
             layer = entry.head_layer
             sites.ready(layer)
-            dz, w_o = captured.dz[layer].unflatten(-1, (sites.n_heads, sites.d_head)), self.w_o[layer]
+            dz = captured.dz[layer].to(device).unflatten(-1, (sites.n_heads, sites.d_head))
+            w_o = self.w_o[layer].to(device)
             if len(entry.heads) < sites.n_heads:
-                chosen = torch.tensor(entry.heads, device=sites.device)
+                chosen = torch.tensor(entry.heads, device=device)
                 dz, w_o = dz[:, chosen], w_o[chosen]
             senders = rows[entry.start : entry.mlp_row]
             post = self.attn_post[layer]
@@ -290,16 +310,17 @@ class Replay:
             else:
                 # the norm after attention is not linear: the whole write is recomputed, for the identity row too
                 assert captured.raw is not None and captured.pre is not None
-                raw = self._buffer("raw", (len(entry.heads) + 1, *base.shape), sites.row_dtype)
-                ops.head_write_rows(captured.raw[layer], dz, w_o, out=raw[:-1], backend=self.backend)
-                raw[-1].copy_(captured.raw[layer])
-                write = self._buffer("write", tuple(raw.shape), sites.dtype)
+                own, pre = captured.raw[layer].to(device), captured.pre[layer].to(device)
+                raw = self._buffer("raw", (len(entry.heads) + 1, *base.shape), sites.row_dtype, device)
+                ops.head_write_rows(own, dz, w_o, out=raw[:-1], backend=self.backend)
+                raw[-1].copy_(own)
+                write = self._buffer("write", tuple(raw.shape), sites.dtype, device)
                 post(raw, None, None, write)
-                torch.add(captured.pre[layer], write[:-1], alpha=sites.residual_scale, out=senders)
-                torch.add(captured.pre[layer], write[-1], alpha=sites.residual_scale, out=identity)
+                torch.add(pre, write[:-1], alpha=sites.residual_scale, out=senders)
+                torch.add(pre, write[-1], alpha=sites.residual_scale, out=identity)
         if entry.mlp_layer is not None:
             assert captured.dmlp is not None
-            torch.add(identity, captured.dmlp[entry.mlp_layer], out=rows[entry.mlp_row])
+            torch.add(identity, captured.dmlp[entry.mlp_layer].to(device), out=rows[entry.mlp_row])
 
     def _advance(
         self, layer: int, rows: Tensor, before: int, alive: int, write: Tensor | None, per_block: int
@@ -309,8 +330,8 @@ class Replay:
         waiting = self._waiting(rows)
         for a, b in split(alive, per_block):
             n = (b - a) * rows.shape[1]
-            x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype)
-            work = self._buffer("work", (n * mlp.width,), self.sites.dtype)
+            x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype, rows.device)
+            work = self._buffer("work", (n * mlp.width,), self.sites.dtype, rows.device)
             split_norm(norm, rows, a, b, before, waiting, write, x)
             with self.rerouted.watching(layer, a, b):
                 if waiting is None:
@@ -318,7 +339,7 @@ class Replay:
                     continue
                 mlp.write_to(x, waiting[a:b], work)
             if post is not None:
-                raw = self._buffer("post", (b - a, *rows.shape[1:]), rows.dtype)
+                raw = self._buffer("post", (b - a, *rows.shape[1:]), rows.dtype, rows.device)
                 post(raw.copy_(waiting[a:b]), None, None, waiting[a:b])
             if mlp.scale != 1.0:
                 waiting[a:b].mul_(mlp.scale)
@@ -343,7 +364,7 @@ class Replay:
     ) -> RowLogits:
         parts = []
         for a, b in split(alive, per_block):
-            x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype)
+            x = self._buffer("x", (b - a, *rows.shape[1:]), self.sites.dtype, rows.device)
             parts.append(readout.read(rows, a, b, before, waiting, write, x, self.log_probs))
         return RowLogits.cat(parts)
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pyarith import __version__
 from pyarith.errors import InputTypeError, StorageError, check
 from pyarith.models.fingerprint import model_fingerprint
+from pyarith.models.placement import own_forward
 from pyarith.models.sites import ModelSites
 
 Array = NDArray[Any]
@@ -179,7 +180,7 @@ def circumstances(sites: ModelSites) -> dict[str, Any]:
     changed = [
         name or type(module).__name__
         for name, module in sites.model.named_modules()
-        if {*module._forward_hooks, *module._forward_pre_hooks} - own or "forward" in vars(module)
+        if {*module._forward_hooks, *module._forward_pre_hooks} - own or not own_forward(module)
     ]
     check(
         not changed,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pyarith.models.placement import offloaded_tensors
 from pyarith.models.quantised import stored_tensors
 from pyarith.models.sites import STREAM
 
@@ -49,7 +50,9 @@ def identify(model: torch.nn.Module) -> Identity:
     text = json.dumps(kept, sort_keys=True, default=str)
     whole = hashlib.sha256(type(model).__name__.encode() + text.encode())
     stream: Any = getattr(model, STREAM, None)  # of weights that stay in their files, and are cast on their way
-    held: dict[str, torch.Tensor] = stored_tensors(model) | ({} if stream is None else stream.sources)
+    held: dict[str, torch.Tensor] = stored_tensors(model) | (
+        offloaded_tensors(model) if stream is None else stream.sources
+    )
     tensors = {}
     for name, tensor in sorted(held.items()):
         dtype = tensor.dtype if stream is None or not tensor.is_floating_point() else stream.dtype

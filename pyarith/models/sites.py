@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyarith.errors import InputTypeError, UnsupportedModelError, check
 from pyarith.models.adapters import adapter_parameters, base_layer, inner, unwrap
 from pyarith.models.families import FAMILIES
+from pyarith.models.placement import device_of, is_spread, offloaded_tensors
 from pyarith.models.quantised import Quantised, describe, in_features, kind_of, own_parameters, refuse_method
 from pyarith.models.spec import FamilySpec
 
@@ -56,7 +57,8 @@ class ModelSites:
 
     ``spec`` is the family's with the variants of this model's config applied; ``d_head`` comes from the config where
     the config gives it; ``windows[layer]`` is the sliding window of a layer in tokens, or None; ``residual_scale`` and
-    ``logit_scale`` are factors on what blocks write and on the logits (before the softcap), 1 in most families.
+    ``logit_scale`` are factors on what blocks write and on the logits (before the softcap), 1 in most families;
+    ``device`` is that of the unembedding, where captures and results are kept, ``devices[layer]`` that of a block.
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class ModelSites:
     d_vocab: int
     windows: tuple[int | None, ...]
     device: torch.device
+    devices: tuple[torch.device, ...]
     dtype: torch.dtype
     quantised: Quantised | None
 
@@ -98,8 +101,8 @@ class ModelSites:
         return getattr(self.model, STREAM, None)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by name; streamed ones as they stand in their files."""
-        sources = {} if self.stream is None else self.stream.sources
+        """Parameters by name; streamed and offloaded ones from where they are kept."""
+        sources = offloaded_tensors(self.model) if self.stream is None else self.stream.sources
         for name, parameter in self.model.named_parameters():
             yield name, sources.get(name, parameter)
 
@@ -166,8 +169,12 @@ def supported_families() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
-def resolve(model: Any, *, streams: bool = False) -> ModelSites:
-    """Find the sites of ``model``; ``streams``: the caller can work on one whose weights stay in their files.
+def resolve(model: Any, *, spread: bool = False) -> ModelSites:
+    """Find the sites of ``model``.
+
+    Args:
+        spread: the caller can work on weights that are not all in one place: left in their files
+            (``stream_checkpoint``), on several devices or offloaded (``device_map``).
 
     Raises:
         InputTypeError: not a Hugging Face causal language model at all.
@@ -202,30 +209,32 @@ def resolve(model: Any, *, streams: bool = False) -> ModelSites:
         if getattr(config, attribute, False):
             raise UnsupportedModelError(f"model: family {spec.name!r} with config.{attribute} is refused: {reason}")
     stream = getattr(model, STREAM, None)
+    where = "streamed from a checkpoint" if stream is not None else "spread over devices or offloaded by device_map"
     check(
-        stream is None or streams,
-        "model: its weights are streamed from a checkpoint, which fast_patch and discover can work with and this "
-        "cannot; load it whole with AutoModelForCausalLM.from_pretrained",
+        spread or (stream is None and not is_spread(model)),
+        f"model: its weights are {where}, which fast_patch and discover can work with and this cannot; load it whole, "
+        "on one device, with AutoModelForCausalLM.from_pretrained",
         UnsupportedModelError,
     )
-    device, dtype = _placement(model) if stream is None else (stream.device, stream.dtype)
+    device, dtype = _placement(model, spec) if stream is None else (stream.device, stream.dtype)
     return _sites(model, config, spec, device, dtype)
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _placement(model: nn.Module, spec: FamilySpec) -> tuple[torch.device, torch.dtype]:
     # the slices of an attached tuner are no weights of the model
     adapters = adapter_parameters(model)  # nor are adapters, which PEFT keeps in fp32
     named = model.named_parameters()
     weights = [p for name, p in named if not name.startswith(f"{SLICES}.") and id(p) not in adapters]
     devices = {p.device for p in weights}
+    if is_spread(model):
+        last = device_of(model.get_submodule(spec.unembed))
+        devices = set() if last is None else {last}
     if any(d.type == "meta" for d in devices):
         raise UnsupportedModelError("model: weights are on the meta device (no data); load them onto cpu or cuda first")
-    mapped = set(getattr(model, "hf_device_map", {}).values())
-    if len(devices) != 1 or len(mapped) > 1:
-        found = sorted({str(d) for d in devices} | {str(d) for d in mapped})
+    if len(devices) != 1:
         raise UnsupportedModelError(
-            f"model: one device expected, found {found}; models spread over devices are not supported yet, "
-            "load without device_map"
+            f"model: one device expected, or a device_map by accelerate, found weights on {sorted(map(str, devices))}; "
+            "move the model to one device, or load it with device_map"
         )
     packed = own_parameters(model)
     dtypes = {p.dtype for p in weights if id(p) not in packed}
@@ -309,6 +318,9 @@ def _sites(model: nn.Module, config: Any, spec: FamilySpec, device: torch.device
         d_vocab=unembed_weight.shape[0],
         windows=_windows(config, len(blocks)),
         device=device,
+        devices=tuple(device_of(block.o_proj) or device for block in blocks)
+        if is_spread(model)
+        else (device,) * len(blocks),
         dtype=dtype,
         quantised=quantised,
     )

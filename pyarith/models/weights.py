@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyarith.errors import UnsupportedModelError
 from pyarith.models.adapters import adapter_delta, base_layer, is_adapted
+from pyarith.models.placement import is_offloaded, own_forward, weight_of
 from pyarith.models.quantised import dense_weight, kind_of
 from pyarith.models.sites import ModelSites
 
@@ -73,14 +74,14 @@ class MlpWeights:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """True when calling ``module`` runs its class's own forward and nothing else."""
+    """True when calling ``module`` runs its class's own forward and nothing else, on weights that are there."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return not any(hooks) and "forward" not in vars(module) and not hasattr(module, "parametrizations")
+    return not any(hooks) and own_forward(module) and not hasattr(module, "parametrizations")
 
 
 def _from_library(module: nn.Module, class_name: str) -> bool:
@@ -89,7 +90,7 @@ def _from_library(module: nn.Module, class_name: str) -> bool:
 
 
 def read_norm(sites: ModelSites, norm: Any) -> NormWeights | None:
-    if not (is_plain(norm) and _from_library(norm, sites.spec.norm_class)):
+    if not (is_plain(norm) and _from_library(norm, sites.spec.norm_class)) or is_offloaded(norm):
         return None
     eps = getattr(norm, "variance_epsilon", None)
     return NormWeights(sites.spec.norm, norm.weight, getattr(norm, "bias", None), norm.eps if eps is None else eps)
@@ -109,14 +110,23 @@ def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, Conv1D and FalconLinear themselves, with their class's own forward; hooks around it do not
     matter."""
     known = type(module) is nn.Linear or takes_in_first(module) or adds_bias_apart(module)
-    own = "forward" not in vars(module) and not hasattr(module, "parametrizations")
+    own = own_forward(module) and not hasattr(module, "parametrizations")
     return known and own and kind_of(module) is None  # torchao quantises the weight and leaves the class
 
 
 def read_projection(module: Any) -> Projection | None:
-    if not (is_plain(module) and is_linear(module)):
+    if not (is_plain(module) and is_linear(module)) or is_offloaded(module):
         return None
     return Projection(module.weight if takes_in_first(module) else module.weight.t(), module.bias)
+
+
+def fetch_projection(module: Any) -> Projection | None:
+    """``read_projection``, with weights brought to the device where the module runs if they are offloaded."""
+    if not (is_plain(module) and is_linear(module) and is_offloaded(module)):
+        return read_projection(module)
+    weight = weight_of(module, "weight")
+    bias = None if module.bias is None else weight_of(module, "bias")
+    return Projection(weight if takes_in_first(module) else weight.t(), bias)
 
 
 def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
@@ -134,7 +144,7 @@ def read_mlp(sites: ModelSites, mlp: nn.Module) -> MlpWeights | None:
 
 
 class HeadOutputs(Sequence[Tensor]):
-    """``head_outputs`` of each layer; what is quantised is dense for one layer at a time, made at each access."""
+    """``head_outputs`` of each layer; what is quantised or offloaded is there for one layer at a time."""
 
     def __init__(self, sites: ModelSites) -> None:
         self._sites = sites
@@ -142,16 +152,14 @@ class HeadOutputs(Sequence[Tensor]):
 
     def _keep(self, o_proj: nn.Module) -> Tensor | None:
         made = head_outputs(self._sites, o_proj)  # refused here, before anything runs
-        return made if kind_of(base_layer(o_proj)) is None else None
+        return None if kind_of(base_layer(o_proj)) is not None or is_offloaded(base_layer(o_proj)) else made
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, layer: Any) -> Any:
         kept, o_proj = self._kept[layer], self._sites.blocks[layer].o_proj
-        if kept is not None:
-            return kept
-        return _per_head(self._sites, o_proj, dense_weight(base_layer(o_proj), self._sites.row_dtype).t())
+        return head_outputs(self._sites, o_proj) if kept is None else kept
 
 
 def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
@@ -165,7 +173,7 @@ def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     below = base_layer(o_proj)
     if is_plain(o_proj) and is_plain(below) and kind_of(below) is not None:
         return _per_head(sites, o_proj, dense_weight(below, sites.row_dtype).t())
-    projection = read_projection(below) if is_plain(o_proj) else None
+    projection = fetch_projection(below) if is_plain(o_proj) else None
     if projection is None:
         raise UnsupportedModelError(
             f"model: family {sites.spec.name!r}: expected {sites.spec.o_proj} to be a plain nn.Linear or Conv1D "
