@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import planted
@@ -16,6 +17,7 @@ from single_thread import one_thread  # noqa: F401
 import pyarith as pa
 from pyarith.discovery import adaptive
 from pyarith.discovery.adaptive import TopHeads
+from pyarith.engine.replay import Replay
 from pyarith.errors import InputError
 from pyarith.prompts import PromptPairs
 from pyarith.types import Head
@@ -136,11 +138,24 @@ def test_record_comes_back(found: pa.discovery.discover.Discovery) -> None:
     assert repr(again) == repr(found.top) and record["heads"] == list(map(str, found.top.heads))
 
 
-def test_saved_result_comes_back(found: pa.discovery.discover.Discovery, tmp_path: object) -> None:
+def test_saved_result_comes_back(found: pa.discovery.discover.Discovery, tmp_path: Path) -> None:
     found.result.save(tmp_path)
     again = pa.PatchResult.load(tmp_path)
     np.testing.assert_array_equal(again.head_logits, found.result.head_logits)
     assert again.settings["rounds"] == found.result.settings["rounds"]
+
+
+def test_goes_on_from_finished_rounds(
+    model: torch.nn.Module, found: pa.discovery.discover.Discovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = find(model, problems(), top_k=2, verify=1, resume=tmp_path)
+    parts = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Replay, "run", lambda *_: pytest.fail("a finished block was run again"))
+    again = find(model, problems(), top_k=2, resume=tmp_path)
+    assert parts == sorted(tmp_path.iterdir())
+    for one in (first, again):
+        assert one.top.record() == found.top.record()
+        np.testing.assert_array_equal(one.result.head_logits, found.result.head_logits)
 
 
 @pytest.mark.parametrize(
