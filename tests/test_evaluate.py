@@ -50,7 +50,7 @@ def test_answer_probability_is_the_product_over_the_answers_tokens(demo):
     np.testing.assert_allclose(answer_probability(model, tokenizer, pairs, batch_size=5), want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "neox"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "neox", "granite"])
 def test_probability_knows_softcaps_and_positions(name):
     model = tiny_models.make(name, torch.float32)
     rows, answers = [[5, 6, 7, 8], [9, 10]], [[3], [4, 11]]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import literal_oracle
+import numpy as np
 import pytest
 import test_ablation
 import test_analysis_lens
 import test_families
 import test_prefix_cache
+import test_sweep
 import test_tuner
 import test_tuner_training
 import test_tuning_batches
@@ -17,7 +19,7 @@ import torch
 from family_cases import CASES, check_sweep
 from single_thread import one_thread  # noqa: F401
 from test_families import QUIET, agree
-from tiny_models import MORE, inputs, make, prompts
+from tiny_models import MORE, VOCAB, inputs, make, prompts
 from true_fp64 import true_fp64
 
 import pyarith as pa
@@ -40,14 +42,14 @@ ALL_CASES = CASES | MORE_CASES
 
 
 def cases() -> list[tuple[str, str]]:
-    """All of them, but frozen MLPs for one family of each kind of block, and what is refused."""
-    one_each = ("olmo2", "granite", "cohere", "falcon-serial")
+    """All of them, but what is refused; what costs most for one family of each kind of block."""
+    one_each, costly = ("olmo2", "granite", "cohere", "falcon-serial"), ("frozen-mlps", "bits")
     return [
         (name, case)
         for name in MORE
         for case in ALL_CASES
         if not (name in OWN_ATTENTION and case in ("boost", "attention"))
-        and not (case == "frozen-mlps" and name not in one_each)
+        and not (case in costly and name not in one_each)
     ]
 
 
@@ -60,8 +62,32 @@ def test_as_every_family(name: str, case: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("name", "where"), [(n, w) for n in MORE for w in ("all", "end")[: 1 + (n not in OWN_ATTENTION)]]
 )
-def test_sweep(name: str, where: str) -> None:
+def test_sets(name: str, where: str) -> None:
     check_sweep(name, where)
+
+
+def test_baselines_of_scaled_writes() -> None:
+    """What replaces an MLP's output is multiplied like it."""
+    test_sweep.test_exact("granite", "resample", "all")
+
+
+def test_bf16() -> None:
+    test_families.test_bf16("granite")
+
+
+def test_modules_with_hooks_and_a_bias_behind_the_scale() -> None:
+    """Not fused, and with logits of scale * (W_U x + bias)."""
+    model, pairs = make("granite"), prompts((7, 5))
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, VOCAB, dtype=torch.float64))
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: None)
+    with true_fp64():
+        expected = literal_oracle.path_patch(model, pairs)
+        result = pa.fast_patch(model, **inputs(pairs, expected.answers, "left"), log_probs=True, **QUIET)
+    agree(result, expected)
+    assert not result.settings["fused"]
+    own = torch.from_numpy(expected.clean).log_softmax(-1)[torch.arange(2), torch.from_numpy(expected.answers)]
+    np.testing.assert_allclose(result.clean_log_probs, own.numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gptj", "falcon"])
