@@ -1,4 +1,4 @@
-"""The README does what it says. `python tests/test_readme.py` writes the table of supported models anew."""
+"""The README does what it says, and the pages beside it that are written from the code."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from pyarith.models.families import FAMILIES
-from pyarith.models.spec import FamilySpec
+import tiny_models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-START, END = "<!-- families -->\n", "<!-- end of families -->"
+sys.path.insert(0, str(ROOT / "docs"))
+
+import make_families  # noqa: E402
 
 
 def blocks(language: str) -> list[str]:
@@ -24,36 +23,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def notes(spec: FamilySpec) -> str:
-    """What is special about a family, in words."""
-    norms = {"rms": "RMSNorm", "rms1p": "RMSNorm of 1 + weight", "layer": "LayerNorm"}
-    found = [norms[spec.norm]]
-    if spec.mlp_spec is not None:
-        found += ["gated MLP" if spec.mlp_spec.gate or spec.mlp_spec.gate_up else "plain MLP"]
-    found += ["mixture of experts"] if spec.router else []
-    found += ["norms after attention and MLP"] if spec.attn_post_norm else []
-    found += ["no norm before the MLP"] if spec.mlp_norm is None else []
-    kinds = {one.parallel for one in (spec, *(replace(spec, **variant.then) for variant in spec.variants))}
-    found += ["parallel or serial blocks"] if len(kinds) == 2 else ["parallel blocks"] if spec.parallel else []
-    found += ["final softcap"] if spec.softcap else []
-    found += ["residual multiplier"] if spec.residual_multiplier else []
-    found += ["logit scale"] if spec.logit_multiplier or spec.logit_divisor else []
-    found += [f"not with `{attribute}`" for attribute, _ in spec.refuse_if]
-    return ", ".join(found)
-
-
-def families_table() -> str:
-    """The table of supported models as the registry has it."""
-    lines = ["| `model_type` | class in transformers | notes |", "|---|---|---|"]
-    lines += [
-        f"| `{s.name}` | `{s.model_class}` | {notes(s)} |" for s in sorted(FAMILIES.values(), key=lambda s: s.name)
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def test_supported_models_are_those_of_the_registry():
-    shown = README.split(START)[1].split(END)[0]
-    assert shown == families_table(), "run `python tests/test_readme.py` to write the table anew"
+    shown = README.split(make_families.START)[1].split(make_families.END)[0]
+    assert shown == make_families.readme_table(), "run `python docs/make_families.py` to write the table anew"
+
+
+def test_the_page_of_families_is_that_of_the_registry():
+    shown = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert shown == make_families.families_page(), "run `python docs/make_families.py` to write the page anew"
+    assert set(tiny_models.FAMILIES) == {*tiny_models.NAMES, *tiny_models.MOE, *tiny_models.MORE}
 
 
 def test_ci_runs_the_test_command():
@@ -127,8 +105,3 @@ def test_the_example_writes_a_picture_and_a_result(ran):
     folder, _ = ran
     assert (folder / "heads.png").read_bytes()[:4] == b"\x89PNG"
     assert pa.PatchResult.load(folder / "addition").head_effects.size >= 48
-
-
-if __name__ == "__main__":
-    before, rest = README.split(START)
-    (ROOT / "README.md").write_text(before + START + families_table() + END + rest.split(END)[1], encoding="utf-8")
