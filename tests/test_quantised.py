@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import literal_oracle
@@ -241,6 +242,23 @@ def test_costs(folders: dict[str, Any], kind: str) -> None:
     for name in ("capture_flop", "replay_flop"):
         assert found[name] == plain[name]
     assert found["bytes"] >= 4 * 64 * 128
+
+
+def test_bytes_of_the_benchmark(folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes a weight of the linears in the blocks, with scales, biases and the tables of nested scales (1 KiB)."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    from bench_quantised import stored_bytes
+
+    plain = stored_bytes(load_plain(folders["llama-gqa2"]))
+    for kind, least, most in (
+        ("nf4", 0.5, 0.7),
+        ("fp4-double", 0.5, 0.9),
+        ("int8", 1.0, 1.2),
+        ("torchao-int8", 1.0, 1.2),
+    ):
+        found = stored_bytes(load(folders["llama-gqa2"], kind))
+        assert least < 4 * found["bytes_linears"] / plain["bytes_linears"] < most, kind
+        assert plain["bytes_model"] - plain["bytes_linears"] == found["bytes_model"] - found["bytes_linears"]
 
 
 def load_plain(folder: Any) -> torch.nn.Module:
