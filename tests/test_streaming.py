@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from single_thread import one_thread  # noqa: F401
-from tiny_models import MOE, NAMES, inputs, make, prompts
+from tiny_models import MORE, NAMES, inputs, make, prompts
 
 import pyarith as pa
 from pyarith.demo import MODEL_DIR
@@ -26,14 +26,14 @@ from pyarith.models.fingerprint import model_fingerprint
 from pyarith.models.sites import resolve
 from pyarith.models.streaming import BufferedStream
 
+ALL = [*NAMES, *MORE]
 ANSWERS = torch.tensor([11, 90, 3, 42])
 
 
 def stream(model: Any, folder: Path, dtype: Any) -> Any:
     """A tiny model saved and streamed, with its own attention implementation."""
-    streamed = pa.stream_checkpoint(saved(model, folder), device="cpu", dtype=dtype)
-    streamed.set_attn_implementation(model.config._attn_implementation)
-    return streamed
+    attention = model.config._attn_implementation
+    return pa.stream_checkpoint(saved(model, folder), device="cpu", dtype=dtype, attn_implementation=attention)
 
 
 def in_memory(model: Any, folder: Path, dtype: Any) -> Any:
@@ -62,7 +62,7 @@ def same(found: pa.PatchResult, expected: pa.PatchResult) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=["mapped", "buffered"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_equals_the_model_in_memory(name: str, dtype: Any, tmp_path: Path, small_groups: None) -> None:
     model = make(name, torch.float32)
     given = inputs(prompts((7, 5, 9, 7)), ANSWERS, "left")
@@ -99,8 +99,7 @@ def test_shards(tmp_path: Path) -> None:
     model = make("llama", torch.float32)
     folder = saved(model, tmp_path, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    streamed = pa.stream_checkpoint(folder, device="cpu")
-    streamed.set_attn_implementation("eager")
+    streamed = pa.stream_checkpoint(folder, device="cpu", attn_implementation="eager")
     given = inputs(prompts((7, 5, 9, 7)), ANSWERS, "left")
     expected = pa.fast_patch(in_memory(model, folder, None), **given, progress=False)
     np.testing.assert_array_equal(pa.fast_patch(streamed, **given, progress=False).head_logits, expected.head_logits)
@@ -127,11 +126,22 @@ def test_others_refuse_it() -> None:
             call()
 
 
-@pytest.mark.parametrize("name", MOE[:1])
-def test_what_is_stored_in_another_form_is_refused(name: str, tmp_path: Path) -> None:
-    folder = saved(make(name, torch.float32), tmp_path)
-    with pytest.raises(UnsupportedModelError, match="stored in another form"):
-        pa.stream_checkpoint(folder)
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_are_streamed_in_the_form_that_the_model_holds(name: str, tmp_path: Path) -> None:
+    model = make(name, torch.float32)
+    saved(model, tmp_path)
+    if name == "mixtral":
+        with pytest.raises(UnsupportedModelError, match=r"stored in another form.*save_original_format=False"):
+            pa.stream_checkpoint(tmp_path)
+    saved(model, tmp_path, save_original_format=False)
+    given = inputs(prompts((7, 5, 9, 7)), ANSWERS, "left")
+    for dtype in (None, torch.float64):
+        streamed = pa.stream_checkpoint(tmp_path, device="cpu", dtype=dtype, attn_implementation="eager")
+        whole = in_memory(model, tmp_path, dtype)
+        for one in (streamed, whole):
+            one.config._experts_implementation = "eager"
+        expected = pa.fast_patch(whole, **given, progress=False, log_probs=True)
+        same(pa.fast_patch(streamed, **given, progress=False, log_probs=True), expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=["mapped", "buffered"])

@@ -183,7 +183,11 @@ class _Ready:
 
 
 def stream_checkpoint(
-    folder: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
 ) -> Any:
     """The model of a checkpoint folder, whose weights stay in its files until they are computed with.
 
@@ -196,6 +200,7 @@ def stream_checkpoint(
         folder: of a Hugging Face model in safetensors, sharded or not; for a hub name fetch it first.
         device: "auto" = cuda where there is one, else cpu.
         dtype: to compute in; None = as stored.
+        attn_implementation: as in ``from_pretrained``; None = transformers' choice.
     Returns:
         The model, in evaluation mode.
     Raises:
@@ -214,7 +219,7 @@ def stream_checkpoint(
     folder = Path(folder)
     check((folder / "config.json").is_file(), f"checkpoint: expected a folder with config.json, got {str(folder)!r}")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, attn_implementation=attn_implementation)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"checkpoint: cannot read the config in {folder}: {error}") from error
     spec = FAMILIES.get(config.model_type)
@@ -300,7 +305,7 @@ def _refuse_copies(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UnsupportedModelError(
             f"checkpoint: {checkpoint.folder}: {len(copied)} tensors are stored in another form or dtype than "
             f"{type(model).__name__} holds them ({', '.join(copied[:_SHOWN])}), so they cannot be streamed; load the "
-            "model whole, or save it with save_pretrained in one dtype and stream that"
+            "model whole, or save it once in that form with model.save_pretrained(folder, save_original_format=False)"
         )
 
 
