@@ -197,11 +197,16 @@ class PatchResult:
             A ``Confidence``; ``.key_heads(threshold)`` takes the heads whose interval lies below the threshold.
         Raises:
             InputError: the factors are missing, of another length or order, or have fewer than 5 values; unknown
-                metric; no prompt with clean logit > 0.
+                metric; no prompt with clean logit > 0; heads of an adaptive run.
         """
         from pyarith import stats
 
         check(metric in ("relative", "logit"), f"metric: expected 'relative' or 'logit', got {metric!r}")
+        check(
+            "rounds" not in self.settings,
+            "confidence: expected every head on every prompt, got a race that stopped heads by what it saw, which no "
+            "interval of a fixed sample allows for; use the intervals of Discovery.top, or run without top_k",
+        )
         batches = len(self.settings.get("parts", ()))
         check(
             batches < 2 or not hasattr(pairs, "strata"),

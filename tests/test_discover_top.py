@@ -138,6 +138,11 @@ def test_record_comes_back(found: pa.discovery.discover.Discovery) -> None:
     assert repr(again) == repr(found.top) and record["heads"] == list(map(str, found.top.heads))
 
 
+def test_no_intervals_of_a_fixed_sample(found: pa.discovery.discover.Discovery) -> None:
+    with pytest.raises(InputError, match=r"confidence: .*Discovery\.top"):
+        found.result.confidence(found.pairs)
+
+
 def test_saved_result_comes_back(found: pa.discovery.discover.Discovery, tmp_path: Path) -> None:
     found.result.save(tmp_path)
     again = pa.PatchResult.load(tmp_path)

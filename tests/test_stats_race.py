@@ -154,6 +154,21 @@ def intervals(race: Race, low: list[float], high: list[float], tolerance: float 
     race._decide(tolerance)
 
 
+def test_the_error_is_shared_by_all_senders() -> None:
+    values = np.random.default_rng(0).normal(MEANS[:, None], 1.0, (SENDERS, 60))
+    race = Race(SENDERS, K, CONFIDENCE)
+    race.look(values, 0.04, 50, 0.0)
+    _, low, high = sequence(values, 0.04 / SENDERS, 50)
+    np.testing.assert_array_equal(race.low, low)
+    np.testing.assert_array_equal(race.high, high)
+    running = race.running
+    assert 0 < len(running) < SENDERS  # the next look has fewer senders, but the error is still shared by all
+    more = np.concatenate([values[running], values[running][:, ::-1]], 1)
+    race.look(more, 0.04, 50, 0.0)
+    _, again, _ = sequence(more, 0.04 / SENDERS, 50)
+    np.testing.assert_array_equal(race.low[running], np.maximum(low[running], again))
+
+
 def test_rules() -> None:
     race = Race(5, 2, CONFIDENCE)
     intervals(race, [-9, -5, -5, 0, 1], [-8, -3, -3, 1, 2])
