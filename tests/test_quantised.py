@@ -153,20 +153,20 @@ def test_knock_outs(folders: dict[str, Any]) -> None:
 
 
 def test_command_line(tmp_path: Any) -> None:
-    """``pyarith discover`` on a quantised checkpoint in a folder."""
+    """``pyarith discover`` on a quantised checkpoint in a folder, in fp16, which transformers refuses to cast."""
     from typer.testing import CliRunner
 
     from pyarith.cli import app
     from pyarith.demo import MODEL_DIR
 
     folder, out = tmp_path / "model", tmp_path / "run"
-    load(MODEL_DIR, "nf4").save_pretrained(folder)
+    load(MODEL_DIR, "nf4", torch.float16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL_DIR / name, folder)
     ran = CliRunner().invoke(app, ["discover", str(folder), "--operator", "+", "--n", "8", "--out", str(out)])
     assert ran.exit_code == 0, ran.output
     settings = json.loads((out / "result" / "result.json").read_text())["settings"]
-    assert "bitsandbytes nf4 (" in settings["quantised"] and settings["dtype"] == "float32"
+    assert "bitsandbytes nf4 (" in settings["quantised"] and settings["dtype"] == "float16"
     assert json.loads((out / "run.json").read_text())["model"]["fingerprint"] == model_fingerprint(load_plain(folder))
 
 
@@ -182,7 +182,9 @@ def test_dense_weight(folders: dict[str, Any], kind: str) -> None:
     with torch.no_grad(), quantised.held(module):
         own = module(torch.eye(64)[None])[0] - module.bias
     # in int8 torchao's one is 127 / 127.5, and LLM.int8 gives fp16
-    near = {"atol": 1e-3, "rtol": 2**-7} if kind in INT8 else {"atol": 2e-6, "rtol": 0}
+    near = {"atol": 2e-6, "rtol": 0.0}
+    if kind in INT8:
+        near = {"atol": 1e-3, "rtol": 2**-7 if kind.startswith("torchao") else 2**-10}
     torch.testing.assert_close(dense.t().float(), own, **near)
 
 

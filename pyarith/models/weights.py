@@ -159,6 +159,8 @@ class HeadOutputs(Sequence[Tensor]):
 
     def __getitem__(self, layer: Any) -> Any:
         kept, o_proj = self._kept[layer], self._sites.blocks[layer].o_proj
+        if kept is None and kind_of(base_layer(o_proj)) is not None:  # a sweep has hooks of its own on it meanwhile
+            return _quantised_outputs(self._sites, o_proj)
         return head_outputs(self._sites, o_proj) if kept is None else kept
 
 
@@ -172,7 +174,7 @@ def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
     """
     below = base_layer(o_proj)
     if is_plain(o_proj) and is_plain(below) and kind_of(below) is not None:
-        return _per_head(sites, o_proj, dense_weight(below, sites.row_dtype).t())
+        return _quantised_outputs(sites, o_proj)
     projection = fetch_projection(below) if is_plain(o_proj) else None
     if projection is None:
         raise UnsupportedModelError(
@@ -181,6 +183,10 @@ def head_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
             "the adapter or detach the SelectiveTuner first"
         )
     return _per_head(sites, o_proj, projection.matrix)
+
+
+def _quantised_outputs(sites: ModelSites, o_proj: nn.Module) -> Tensor:
+    return _per_head(sites, o_proj, dense_weight(base_layer(o_proj), sites.row_dtype).t())
 
 
 def _per_head(sites: ModelSites, o_proj: nn.Module, matrix: Tensor) -> Tensor:
