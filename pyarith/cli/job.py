@@ -25,7 +25,8 @@ def job(terminal: Terminal, device: str) -> Iterator[tuple[Team, str]]:
     Raises:
         RankError: a rank does not come, or there are more of them than GPUs.
     """
-    from pyarith.engine.ranks import joined, launched, own_device, team
+    from pyarith.engine.launch import joined, launched, own_device
+    from pyarith.engine.ranks import team
 
     if not launched():
         with team() as alone:
@@ -49,7 +50,7 @@ def job(terminal: Terminal, device: str) -> Iterator[tuple[Team, str]]:
 def alone(command: str) -> None:
     """See that a command that one process runs was not started as several."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from pyarith.engine.ranks import launched
+        from pyarith.engine.launch import launched
 
         check(
             not launched(),

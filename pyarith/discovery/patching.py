@@ -198,7 +198,7 @@ def _facts(sites: ModelSites, batches: list[Batch], budget: int | None, verify: 
     names = ("senders: heads", "senders: mlps", "mlps", "log_probs", "backends")
     return {
         **common(sites),
-        "data": digest([batch.identity() for batch in batches]),
+        "data": digest([batch.identity() for batch in batches])[:12],
         "memory_budget": budget,
         "verify": verify,
         **dict(zip(names, what, strict=True)),

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from pyarith.models.sites import ModelSites
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a rank counts as dead
 ARRIVAL = 1800.0  # seconds that ranks wait for each other where all should arrive
+LAST_WORDS = 5.0  # seconds that rank 0 waits, when it ends with an error, for the others to read why
 _PAUSE = 0.02  # seconds between two looks
 _CHUNK = 4 * 2**20  # a value of torch's TCPStore holds 8 MiB
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SHORT = 19  # characters of a fingerprint in a message
 _LEFT, _FAILED = "left", "failed "
 
 _active: Team | None = None
@@ -49,6 +49,7 @@ class Team:
         self._names = [f"rank {one}" for one in range(size)]
         self.neighbours = 1  # ranks on this host, this one among them
         self._seen: dict[int, tuple[str, float]] = {}
+        self._dead: set[int] = set()
         self._ended = threading.Event()
         self._lock = threading.Lock()  # of the key "alive": what is said last stays
 
@@ -107,7 +108,7 @@ class Team:
             other = [rank for rank, value in enumerate(values) if value != usual]
             check(
                 not other,
-                f"ranks: expected the same {name} on all {self.size}, got {usual} on most and "
+                f"ranks: expected the same {name} on all {self.size}, got {usual} on the others and "
                 + ", ".join(f"{values[rank]} on {self._names[rank]}" for rank in other)
                 + "; start every rank with the same code, model, data and settings",
                 RankError,
@@ -186,12 +187,18 @@ class Team:
 
     def failed(self, error: BaseException) -> None:
         """This rank ends with an error: the others end, too, and name it. Only the first error counts."""
-        if self.size > 1 and not self._ended.is_set():
-            text = " ".join(str(error).split()) or type(error).__name__
-            try:
-                self._end(_FAILED + text)
-            except RankError:
-                pass  # the store is gone, so nobody is left to be told; the caller raises the first error
+        if self.size == 1 or self._ended.is_set():
+            return
+        try:
+            self._end(_FAILED + (" ".join(str(error).split()) or type(error).__name__))
+            until = time.monotonic() + LAST_WORDS
+            # the store may live with rank 0: the others should read what happened before it goes
+            while self.rank == 0 and isinstance(error, Exception) and time.monotonic() < until:
+                if all(self._status(rank).startswith((_LEFT, _FAILED)) for rank in self._alive()):
+                    break
+                time.sleep(_PAUSE)
+        except RankError:
+            pass  # the store is gone, so nobody is left to be told; the caller raises the first error
 
     def first_says(self, error: BaseException) -> bool:
         """Whether rank 0 ends with the very error that this rank ends with, waiting a moment for it."""
@@ -230,6 +237,10 @@ class Team:
     def _status(self, rank: int) -> str:
         return (self._get(f"alive/{rank}") or b"").decode()
 
+    def _alive(self) -> list[int]:
+        """The other ranks that are not known to be dead."""
+        return [rank for rank in range(self.size) if rank != self.rank and rank not in self._dead]
+
     def _watch(self, waiting_for: int | None = None) -> None:
         """Raise RankError where a rank is dead or ended with an error, or has left one that waits for it."""
         now = time.monotonic()
@@ -246,6 +257,7 @@ class Team:
             elif said != before or rank not in self._seen:
                 self._seen[rank] = said, now
             elif said and now - since > SILENCE:
+                self._dead.add(rank)
                 raise RankError(
                     f"{self._names[rank]} has given no sign of life for {now - since:.0f} s: it was killed, or its "
                     "machine is gone; the run ends here (with resume, what is finished is kept)"
@@ -328,60 +340,12 @@ def _of_group() -> Team:
     return Team(store, dist.get_rank(), dist.get_world_size())
 
 
-def launched() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
-    there = all(os.environ.get(name) for name in _LAUNCHED)
-    return there and os.environ["WORLD_SIZE"].isdigit() and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def own_device(device: str) -> str:
-    """The device of a launched rank: "auto" and "cuda" become the GPU of its own, where there are GPUs.
-
-    Raises:
-        RankError: more ranks on this host than GPUs.
-    """
-    import torch
-
-    count = torch.cuda.device_count()
-    if device not in ("auto", "cuda") or count == 0:
-        return device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    check(
-        local < count,
-        f"device: expected a GPU for each rank of a host, got LOCAL_RANK {local} with {count} CUDA devices; start "
-        f"--nproc-per-node {count}, or give --device cpu",
-        RankError,
-    )
-    return f"cuda:{local}"
-
-
-@contextmanager
-def joined(device: str) -> Iterator[Team]:
-    """The team of a launched process, in a process group made for it: nccl on CUDA devices, else gloo."""
-    import torch
-    import torch.distributed as dist
-
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=ARRIVAL))
-    except (RuntimeError, ValueError) as error:
-        where = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
-        raise RankError(f"cannot join the other ranks ({where}): {' '.join(str(error).split())}") from error
-    try:
-        with team() as found:
-            yield found
-    finally:
-        dist.destroy_process_group()
-
-
 def common(sites: ModelSites) -> dict[str, Any]:
     """What the ranks of any run on a model have in common: facts for ``Team.same``."""
     return {
         "code": code(),
         "versions": versions(),
-        "model": [model_fingerprint(sites.model), str(sites.dtype), sites.attention],
+        "model": [model_fingerprint(sites.model)[:_SHORT], str(sites.dtype), sites.attention],
     }
 
 
