@@ -128,6 +128,7 @@ def test_rounds_take_every_prompt_once() -> None:
     for step in one_each:
         assert set(step.clusters) == set(codes[first[: len(step.clusters)]])
     assert len(taken[0].clusters) == first_look(taken[0].alpha / 8)
+    assert (taken[0].clusters != np.arange(len(taken[0].clusters))).any()
     assert all(len(step.clusters) == 60 for step in taken[len(one_each) :])
     # 7 prompts: passes to 1, 2, 4 and 7 prompts of a cluster; their shares of the error add up to all of it
     alphas = [taken[0].alpha, *(step.alpha for step in taken[len(one_each) :])]
