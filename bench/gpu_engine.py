@@ -320,4 +320,4 @@ def at_rows(bench: Bench, rows: int) -> None:
 def rows_of_heads(prepared: Prepared, logits: torch.Tensor) -> torch.Tensor:
     """The heads' part of a replay's rows, [layer, head, batch]."""
     heads = [entry for entry in prepared.replay.entries if entry is not None and entry.head_layer is not None]
-    return torch.stack([logits[entry.start : entry.start + entry.n_heads, :, 0] for entry in heads]).cpu()
+    return torch.stack([logits[entry.start : entry.start + len(entry.heads), :, 0] for entry in heads]).cpu()

@@ -22,7 +22,8 @@ def loss_of(tuner, ids):
     hidden = tuner._sites.decoder(input_ids=ids, use_cache=False)[0][:, :-1].flatten(0, 1).clone()
     targets = ids[:, 1:].flatten()
     weight = tuner.model.lm_head.weight
-    return tuning_loss._VocabLoss.apply(hidden, weight, targets, 0.0, 1 / len(targets), torch.float32)
+    factors = (1 / len(targets), 1.0, 0.0)  # mean; logits neither scaled nor capped
+    return tuning_loss._VocabLoss.apply(hidden, weight, None, targets, factors, torch.float32)
 
 
 def test_a_step_at_7b_fits_the_targets_of_the_gpu_benchmark(monkeypatch):

@@ -20,6 +20,7 @@ from pyarith.engine.planner import default_budget, gemm_rate, parse_bytes
 from pyarith.engine.profiling import OUTSIDE, Account, HighWater, PhaseTimes, Roofline, TraceMarks
 from pyarith.errors import InputTypeError, check
 from pyarith.models.sites import resolve
+from pyarith.models.streaming import opened
 from pyarith.prompts import PromptPairs
 from pyarith.result import PatchResult
 
@@ -166,7 +167,8 @@ def profile_patch(
         "one batch at a time",
         InputTypeError,
     )
-    sites = resolve(model)
+    model = opened(model)
+    sites = resolve(model, spread=True)
     budget = parse_bytes(options.pop("memory_budget", None))
     # what is free changes from run to run, and the blocks with it
     options["memory_budget"] = default_budget(sites.device) if budget is None else budget

@@ -158,15 +158,17 @@ class Account(TorchDispatchMode):
         options = kwargs or {}
         if kind.is_view:
             return func(*args, **options)
-        begin = mark(self.device)
+        # of a model that is spread, each op where its first tensor is
+        device = next((tensor.device for tensor in _tensors((args, options))), self.device)
+        begin = mark(device)
         result = func(*args, **options)
-        end = mark(self.device)
+        end = mark(device)
         total = self.totals[self._phase, kind.name]
         given = dict(zip(kind.arguments, args, strict=False)) | options
         total.calls += 1
         total.bytes += kind.bytes(given, result)
         total.flop += self._flop(func, kind, given, args, options, result)
-        if self.device.type == "cuda":
+        if device.type == "cuda":
             self._marks.append((total, begin, end))
         else:
             total.seconds += seconds(begin, end)
