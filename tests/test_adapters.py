@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny_models import inputs, make, prompts
 
 import pyarith as pa
 from pyarith.analysis import logit_attribution
+from pyarith.engine import oracle
 from pyarith.errors import UnsupportedModelError
 from pyarith.models.sites import resolve
 from pyarith.models.weights import head_outputs
@@ -115,6 +117,7 @@ def test_adapters_that_are_switched_added_and_merged() -> None:
     model = adapted(lora())
     model.add_adapter("second", lora(["o_proj", "down_proj"]))
     randomise(model, 7)
+    states = set()
     for state in ("first", "second", "both", "none", "merged"):
         if state == "second":
             model.set_adapter("second")
@@ -123,11 +126,10 @@ def test_adapters_that_are_switched_added_and_merged() -> None:
         expected = make("llama-gqa2") if state == "none" else merged(model)
         if state == "merged":
             model.merge_adapter()
-        if state == "none":
-            with model.disable_adapter():
-                same(patched(model), patched(expected))
-        else:
+        with model.disable_adapter() if state == "none" else nullcontext():
             same(patched(model), patched(expected))
+            states.add(oracle._state(resolve(model)))
+    assert len(states) == 5
     model.base_model.disable_adapter_layers()
     with pytest.raises(UnsupportedModelError, match=r"switched off.*unmerge_adapter"):
         patched(model)

@@ -61,6 +61,15 @@ _GPT_OSS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "sliding_window": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
 }
 _GPTJ_SIZES = {**_GPT2_SIZES, "rotary_dim": 4}
 _FALCON_SIZES = {**{k: v for k, v in _SIZES.items() if k != "intermediate_size"}, "ffn_hidden_size": 44}

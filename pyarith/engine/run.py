@@ -238,9 +238,7 @@ def _went_elsewhere(sites: ModelSites, batch: Batch, prompt: int, sender: Sender
     """Whether experts chosen by rounding explain that replay and literal re-run disagree."""
     if options.frozen or not (tolerated(sites) and has_routers(sites)):
         return False
-    n = int(batch.lengths[prompt])
-    pair = batch.clean[prompt, :n], batch.corrupted[prompt, :n]
-    return oracle.went_elsewhere(sites, *pair, int(batch.targets[prompt, 0]), sender, options.backend)
+    return oracle.went_elsewhere(sites, batch, prompt, sender, options.backend)
 
 
 def _choose(sites: ModelSites, arrays: dict[str, np.ndarray[Any, Any]], options: Options) -> list[Sender]:
