@@ -35,10 +35,13 @@ CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def check_sweep(name: str, where: str) -> None:
+def check_sweep(name: str, where: str, sets: Any = sweep_oracle.SETS[1:6], kind: str = "zero") -> None:
     """Sets of heads and MLPs against one hooked forward pass each; the prompts are longer than every window."""
-    model, ids, sets = make(name), sweep_oracle.rows((9, 7)), sweep_oracle.SETS[1:6]
+    model, ids = make(name), sweep_oracle.rows((9, 7))
     with true_fp64():
-        expected = sweep_oracle.reference(model, ids, sets, pa.ZeroAblation(), where)
-        result = pa.ablation_sweep(model, **sweep_oracle.given(ids), sets=sets, positions=where, **sweep_oracle.QUIET)
+        baseline = sweep_oracle.make_baseline(kind, model, ids)
+        expected = sweep_oracle.reference(model, ids, sets, baseline, where)
+        result = pa.ablation_sweep(
+            model, **sweep_oracle.given(ids), sets=sets, baseline=baseline, positions=where, **sweep_oracle.QUIET
+        )
     sweep_oracle.agree(result, expected)

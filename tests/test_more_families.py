@@ -7,11 +7,11 @@ from typing import Any
 import literal_oracle
 import numpy as np
 import pytest
+import sweep_oracle
 import test_ablation
 import test_analysis_lens
 import test_families
 import test_prefix_cache
-import test_sweep
 import test_tuner
 import test_tuner_training
 import test_tuning_batches
@@ -68,7 +68,8 @@ def test_sets(name: str, where: str) -> None:
 
 def test_baselines_of_scaled_writes() -> None:
     """What replaces an MLP's output is multiplied like it."""
-    test_sweep.test_exact("granite", "resample", "all")
+    check_sweep("granite", "all", sweep_oracle.SETS[1:6], "mean")
+    check_sweep("granite", "end", [("mlp", 0)], "mean")  # no row is left that computes it
 
 
 def test_bf16() -> None:
