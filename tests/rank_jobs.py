@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tiny_models import inputs, make, prompts
 
@@ -26,7 +27,6 @@ from pyarith.engine.store import digest
 
 LENGTHS = (7, 5, 9, 6, 5, 7, 7, 8, 9, 6, 10)
 PLAN = Plan(2, 64, 64)  # six blocks
-ARRAYS = ("head_logits", "mlp_logits", "clean_logits", "corrupted_logits", "identity_logits", "noise_floor")
 Act = Callable[[int], dict[str, Any]]
 
 
@@ -39,7 +39,7 @@ def given() -> dict[str, Any]:
 
 
 def bits(result: pa.PatchResult) -> str:
-    return digest([getattr(result, name) for name in ARRAYS])
+    return digest({name: value for name, value in vars(result).items() if isinstance(value, np.ndarray)})
 
 
 def planned(plan: Plan = PLAN) -> None:

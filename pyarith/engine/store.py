@@ -33,6 +33,7 @@ Array = NDArray[Any]
 
 _MAGIC = b"pyarith part 1\n"
 _SUFFIX = ".part"
+_TRIES = 5  # to write a part
 _SHOWN = 4  # modules named in a message
 
 
@@ -90,14 +91,13 @@ class Store:
             return
         name = digest([self._base, what])
         content = pack(arrays, record or {}, name)
-        for last in (False, True):
+        for left in reversed(range(_TRIES)):
             try:
                 self._write(content, name)
                 return
-            except FileNotFoundError as error:
-                if last:  # once may be another process that is done with the folder, and threw it away
-                    raise StorageError(f"resume: cannot keep a part in {self.folder}: {error}") from error
             except OSError as error:
+                if left and isinstance(error, FileNotFoundError):
+                    continue  # another process was done with the folder, and threw it away
                 raise StorageError(f"resume: cannot keep a part in {self.folder}: {error}") from error
 
     def _write(self, content: bytes, name: str) -> None:
