@@ -17,6 +17,7 @@ from single_thread import one_thread  # noqa: F401
 import pyarith as pa
 from pyarith.discovery import adaptive
 from pyarith.discovery.adaptive import TopHeads
+from pyarith.discovery.patching import patch
 from pyarith.engine.replay import Replay
 from pyarith.errors import InputError
 from pyarith.prompts import PromptPairs
@@ -110,6 +111,13 @@ def test_silent_heads_are_ties_within_the_noise(model: torch.nn.Module) -> None:
     top = find(model, problems(), top_k=4).top
     assert set(KEYS) < set(top.heads) and not top.undecided and top.rows < top.rows_full / 5
     assert top.tolerance < 1e-4 and top.tied.sum() == 14
+
+
+def test_senders_are_run_again_once(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(adaptive, "patch", lambda *a, **k: asked.append(k["verify"]) or patch(*a, **k))
+    assert find(model, problems(share=8), top_k=1, tolerance=0.0, verify=3).result.verification_error < 1e-4
+    assert asked[0] == 3 and len(asked) > 2 and not any(asked[1:])
 
 
 def test_seed_is_the_order(model: torch.nn.Module, found: pa.discovery.discover.Discovery) -> None:

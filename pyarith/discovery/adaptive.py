@@ -92,11 +92,12 @@ class TopHeads:
             if self.undecided
             else "all heads are decided"
         )
+        where = " in the templates at hand" if self.cluster == "pair" else ""
         near = f" ({tied} of them as ties, by no more than {self.tolerance:.3g} logits)" if tied else ""
         return (
             f"with confidence {self.confidence:.4g}, every decision is right{near}, over all heads and all looks "
-            f"together, for the mean change of the answer's logit over {self.cluster}s like these, in the templates at "
-            f"hand; asymptotic in the number of {self.cluster}s; {open_}"
+            f"together, for the mean change of the answer's logit over {self.cluster}s like these{where}; asymptotic "
+            f"in the number of {self.cluster}s; {open_}"
         )
 
     def record(self) -> dict[str, Any]:
