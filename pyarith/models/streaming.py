@@ -227,6 +227,7 @@ def stream_checkpoint(
         raise UnsupportedModelError(
             f"checkpoint: family {config.model_type!r} is not supported; supported are {supported_families()}"
         )
+    spec = spec.of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             f"checkpoint: {folder} holds quantised weights, which cannot be streamed; load the model whole, or stream "
@@ -245,8 +246,7 @@ def stream_checkpoint(
     sources = {name: parameter.data for name, parameter in model.named_parameters()}
     nothing = {name: torch.zeros(1, dtype=wanted).expand(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     model = _built(spec.model_class, config, checkpoint, nothing, wanted)
-    parallel = getattr(config, spec.parallel) if isinstance(spec.parallel, str) else spec.parallel
-    stream = BufferedStream(_blocks(model, spec), checkpoint, sources, place, wanted, 3 if parallel else 2)
+    stream = BufferedStream(_blocks(model, spec), checkpoint, sources, place, wanted, 3 if spec.parallel else 2)
     setattr(model, STREAM, stream)
     _place_rest(model, model.get_submodule(spec.unembed), sources, stream)
     return model
