@@ -105,6 +105,12 @@ def test_what_needs_the_attention_interface_is_refused(name: str) -> None:
             call()
 
 
+@pytest.mark.parametrize("name", ["gptj", "falcon-new"])
+def test_a_prefix_that_all_prompts_share(name: str) -> None:
+    """Stored in a cache that goes by another name in these blocks."""
+    test_families.test_prefixes("few-shot", name)
+
+
 def test_sdpa() -> None:
     test_families.test_sdpa("falcon-new")
 
