@@ -119,6 +119,7 @@ def broken(rank: int) -> dict[str, Any]:
     def fail(number: int) -> None:
         if rank == 1 and number == 2:
             raise ValueError("the third floor is on fire")
+        time.sleep(0.3 * (rank != 1))
 
     before_block(fail)
     return patch()
@@ -126,7 +127,7 @@ def broken(rank: int) -> dict[str, Any]:
 
 def killed(rank: int) -> dict[str, Any]:
     planned()
-    before_block(lambda number: die(number) if rank == 1 and number == 2 else time.sleep(0.3))
+    before_block(lambda number: die(number) if rank == 1 and number == 2 else time.sleep(0.3 * (rank != 1)))
     return patch()
 
 
@@ -168,8 +169,76 @@ def resumed(rank: int) -> dict[str, Any]:
 
 def resumed_and_killed(rank: int) -> dict[str, Any]:
     planned()
-    before_block(lambda number: die(number) if rank == 1 and number == 2 else time.sleep(0.3))
+    before_block(lambda number: die(number) if rank == 1 and number == 2 else time.sleep(0.3 * (rank != 1)))
     return patch(resume=FOLDER)
+
+
+CHOICE: dict[str, Any] = {"heads": [(0, 1), (1, 2), (2, 3)], "mlps": [2]}
+
+
+def step(where: torch.nn.Module, tuner: pa.SelectiveTuner, rows: slice) -> None:
+    """Three steps on rows of the same eight lines."""
+    ids = torch.randint(97, (8, 9), generator=torch.Generator().manual_seed(3))[rows]
+    optimizer = tuner.optimizer(lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        where(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def tuned(rank: int) -> dict[str, Any]:
+    """A tuner under DDP, each rank with half of the lines: the weights in the end, and how much was reduced."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    mine, reduced = model(), []
+
+    def count(_, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations
+        reduced.append(bucket.buffer().numel())
+        work = dist.all_reduce(bucket.buffer().div_(2), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    with pa.SelectiveTuner(mine, **CHOICE) as tuner:
+        wrapped = DistributedDataParallel(mine)
+        wrapped.register_comm_hook(None, count)
+        step(wrapped, tuner, slice(4 * rank, 4 * rank + 4))
+        state = mine.state_dict()
+        sizes = {"reduced": reduced, "n_parameters": tuner.n_parameters}
+    return {"bits": digest(state), "weights": {name: value.tolist() for name, value in state.items()}, **sizes}
+
+
+def sharded(_: int) -> dict[str, Any]:
+    """What ``fully_shard`` before and after attaching a tuner leads to."""
+    from torch.distributed.fsdp import fully_shard
+
+    def refused(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    found, ids = {}, torch.arange(12).view(2, 6)
+    first = model()
+    for layer in first.model.layers:
+        fully_shard(layer)
+    found["fast_patch"] = refused(lambda: patch(first))
+    found["before"] = refused(lambda: pa.SelectiveTuner(first, **CHOICE))
+    for name in ("layers", "whole"):
+        mine = model()
+        tuner = pa.SelectiveTuner(mine, **CHOICE)
+        for layer in mine.model.layers:
+            fully_shard(layer)
+        if name == "whole":
+            fully_shard(mine)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.1)
+
+        def train(mine: Any = mine, optimizer: Any = optimizer) -> None:
+            mine(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+        found[name] = refused(train)
+    return found
 
 
 JOBS: dict[str, tuple[int, Act]] = {
@@ -187,6 +256,8 @@ JOBS: dict[str, tuple[int, Act]] = {
     "twice": (2, twice),
     "resumed_and_killed": (2, resumed_and_killed),
     "resumed": (3, resumed),
+    "tuned": (2, tuned),
+    "sharded": (2, sharded),
 }
 
 

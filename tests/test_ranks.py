@@ -132,6 +132,33 @@ def test_blocks_of_a_job_that_was_killed_serve_other_ranks(jobs: dict[str, Any])
     }
 
 
+def test_a_tuner_under_ddp_reduces_the_slices_only(jobs: dict[str, Any]) -> None:
+    first, second = jobs["tuned"]
+    assert ended(jobs["tuned"]) and first["bits"] == second["bits"], "every rank holds the same weights"
+    assert first["reduced"] == [first["n_parameters"]] * 3
+    alone, before = rank_jobs.model(), rank_jobs.model().state_dict()
+    with pa.SelectiveTuner(alone, **rank_jobs.CHOICE) as tuner:
+        assert tuner.n_parameters == first["n_parameters"]
+        rank_jobs.step(alone, tuner, slice(8))
+        trained = {one.name for one in tuner.slices}
+    for name, value in alone.state_dict().items():
+        found = torch.tensor(first["weights"][name])
+        # AdamW's first steps are of size lr whatever the gradient: rounding may turn one that is next to zero
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4)
+        assert torch.equal(found, before[name]) is (name not in trained), name
+
+
+def test_sharded_models_are_refused(jobs: dict[str, Any]) -> None:
+    for found in jobs["sharded"]:
+        assert found["status"] == 0
+        for name in ("fast_patch", "before"):
+            assert re.match(
+                r"UnsupportedModelError: model: expected whole parameters, got model.layers.0.\S+ sharded", found[name]
+            ), found
+        for name in ("layers", "whole"):
+            assert re.match(r"UnsupportedModelError: .* after the SelectiveTuner was attached", found[name]), found
+
+
 def test_alone_nothing_is_asked_and_no_fact_is_made() -> None:
     with team() as one:
         one.same(lambda: pytest.fail("facts were made"))

@@ -169,6 +169,11 @@ def supported_families() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
+def is_sharded(parameter: Any) -> bool:
+    """Whether a parameter is a shard (DTensor), without importing what defines those."""
+    return type(parameter).__name__ == "DTensor"
+
+
 def resolve(model: Any, *, spread: bool = False) -> ModelSites:
     """Find the sites of ``model``.
 
@@ -194,6 +199,14 @@ def resolve(model: Any, *, spread: bool = False) -> ModelSites:
         hasattr(config, "model_type"),
         f"model: expected a Hugging Face model with a config, got {type(model).__name__}",
         InputTypeError,
+    )
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    check(
+        sharded is None,
+        f"model: expected whole parameters, got {sharded} sharded (fully_shard, FSDP2); load the model whole on each "
+        "rank: fast_patch and discover share prompts between ranks, and DistributedDataParallel trains the slices of a "
+        "SelectiveTuner",
+        UnsupportedModelError,
     )
     spec = FAMILIES.get(config.model_type)
     if spec is None or type(model).__name__ != spec.model_class:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyarith.engine.ablation import check_targets
 from pyarith.errors import InputError, UnsupportedModelError, check
 from pyarith.models.adapters import refuse_adapters
-from pyarith.models.sites import SLICES, resolve
+from pyarith.models.sites import SLICES, is_sharded, resolve
 from pyarith.tuning.delta import LOADED, Base, save_delta
 from pyarith.tuning.linear import How, SlicedLinear, project
 from pyarith.tuning.slices import Slice, head_slices, mlp_slices
@@ -43,8 +43,9 @@ class SelectiveTuner:
 
     While attached, the slices are registered in the model as ``pyarith_slices``, so that ``model.parameters()`` with
     ``requires_grad`` are exactly the slices (the Hugging Face ``Trainer``, ``accelerate``, gradient clipping and DDP
-    find them there) and the state dict is what it was. Ends with the ``with`` block or ``detach()``: the model is then
-    an ordinary model that holds the new values.
+    find them there; DDP reduces the gradients of the slices and nothing else) and the state dict is what it was. A
+    model that is sharded (FSDP2's ``fully_shard``, before or after) is refused. Ends with the ``with`` block or
+    ``detach()``: the model is then an ordinary model that holds the new values.
 
     Args:
         model: a supported Hugging Face causal LM; its forward gives what it gave.
@@ -315,16 +316,28 @@ class SelectiveTuner:
         return forward
 
     def _write_changed(self, number: int) -> None:
+        self._expect_whole(number)
         if self._store.values[number]._version != self._written[number]:
             self._write(number)
 
     def _write(self, number: int) -> None:
         """Copy one slice into its weight."""
+        self._expect_whole(number)
         value, one = self._store.values[number], self.slices[number]
         with torch.no_grad():
             for place, part in zip(one.views(), one.parts(value.data), strict=True):
                 place.copy_(part)
         self._written[number] = value._version
+
+    def _expect_whole(self, number: int) -> None:
+        """``fully_shard`` after attaching would train parameters of its own, in place of the slices."""
+        own = self._store.registered(number) is self._store.values[number]
+        if not own or is_sharded(self.slices[number].weight):
+            raise UnsupportedModelError(
+                f"model: expected whole parameters, got {self.slices[number].name} sharded (fully_shard, FSDP2) after "
+                "the SelectiveTuner was attached: slices cannot be written into shards. Only slices have gradients "
+                "and optimizer state, so each rank can hold the model: use DistributedDataParallel"
+            )
 
 
 class _Slices(nn.Module):
@@ -337,7 +350,11 @@ class _Slices(nn.Module):
             for one in slices:
                 value = torch.cat(one.views(), one.dim).to(wide)
                 self.register_parameter(one.name.replace(".", "/"), nn.Parameter(value))
-        self.values = tuple(self.parameters())
+        self.values, self._names = tuple(self.parameters()), tuple(self._parameters)
+
+    def registered(self, number: int) -> nn.Parameter | None:
+        """What stands for a slice in the model now: itself, unless somebody replaced it."""
+        return self._parameters[self._names[number]]
 
     def state_dict(self, *args: Any, destination: Any = None, **_: Any) -> Any:
         return {} if destination is None else destination
