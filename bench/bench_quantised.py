@@ -1,6 +1,7 @@
 """The demo model with its linears quantised against itself in fp32: are the same heads found, in how many bytes?
 
     python bench/bench_quantised.py [--quick] [--n PROMPTS] [--out FILE]
+    python bench/bench_quantised.py --page          # writes the record's table into docs/quantised.md
 
 For every kind of quantisation and every operator: Spearman's rank correlation of the mean relative effects of all 48
 heads with those of the fp32 model on the same prompts, and Jaccard overlap of the 5 and the 10 lowest heads and of the
@@ -11,6 +12,7 @@ rank correlation of at least 0.95 and an overlap of the top 5 of at least 0.8. W
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, Check, Record, Row, Timing
+from harness import BENCH, RESULTS, Check, Record, Row, Timing
 
+PAGE = BENCH.parent / "docs" / "quantised.md"
+START, END = "<!-- record -->\n", "<!-- end of record -->"
 OPERATORS = ("+", "-", "*", "/")
 TARGETS = {"spearman": 0.95, "jaccard_5": 0.8}
 # relative to the largest logit; the second where activations are int8 (as the engine's own self-check)
@@ -128,12 +132,47 @@ def rows(
     return made, results
 
 
+def table(lines: list[str]) -> str:
+    """The table of docs/quantised.md from the lines of a record; kinds in the order in which they ran, fp32 last."""
+    found: dict[str, list[Any]] = {}
+    for line in lines:
+        one = json.loads(line)
+        found.setdefault(one["provider"], []).append(one)
+    shown = [
+        "| weights | Spearman (lowest) | top 5 | top 10 | key heads | accuracy | noise floor | linears | model, KiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in [*(kind for kind in found if kind != "fp32"), "fp32"]:
+        *each, whole = found[kind]
+        extra = whole["extra"]
+        agrees = ["", "", "", ""]
+        if kind != "fp32":
+            lowest = min(one["extra"]["spearman"] for one in each)
+            agrees = [
+                f"{extra['spearman']:.3f} ({lowest:.3f})",
+                *(f"{extra[f'jaccard_{k}']:.2f}" for k in (5, 10, "key")),
+            ]
+        sizes = [f"{extra[name] / 1024:,.0f}" for name in ("bytes_linears", "bytes_model")]
+        cells = [kind, *agrees, f"{extra['accuracy']:.1%}", f"{extra['noise_floor']:.1e}", *sizes]
+        shown.append(f"| {' | '.join(cells)} |")
+    return "\n".join(shown) + "\n"
+
+
+def write_page() -> None:
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    made = table((RESULTS / "quantised.jsonl").read_text(encoding="utf-8").splitlines())
+    PAGE.write_text(before + START + made + END + rest.split(END)[1], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 prompts and one operator, to see that everything runs")
     parser.add_argument("--n", type=int, help="prompts per operator [400, or 16 with --quick]")
     parser.add_argument("--out", type=Path, help="JSON-lines file to append to")
+    parser.add_argument("--page", action="store_true", help="write the committed record's table into docs/quantised.md")
     arguments = parser.parse_args()
+    if arguments.page:
+        return write_page()
     import pyarith as pa
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # that a CPU is slow for this is known

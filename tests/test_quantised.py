@@ -263,6 +263,16 @@ def test_bytes_of_the_benchmark(folders: dict[str, Any], monkeypatch: pytest.Mon
         assert plain["bytes_model"] - plain["bytes_linears"] == found["bytes_model"] - found["bytes_linears"]
 
 
+def test_page_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root / "bench"))
+    import bench_quantised as bench
+
+    made = bench.table((root / "bench" / "results" / "quantised.jsonl").read_text(encoding="utf-8").splitlines())
+    page = (root / "docs" / "quantised.md").read_text(encoding="utf-8")
+    assert bench.START + made + bench.END in page, "run `python bench/bench_quantised.py --page`"
+
+
 def load_plain(folder: Any) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
@@ -284,6 +294,14 @@ def test_quantised_unembedding(folders: dict[str, Any]) -> None:
 
     setting = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["nothing"])
     refused(load(folders["llama-gqa2"], "", quantization=setting), "lm_head", "unembedding", "llm_int8_skip_modules")
+
+
+@pytest.mark.parametrize("kind", ["int8", "torchao-int8"])
+def test_offloaded(folders: dict[str, Any], kind: str) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is an optional dependency")
+    model = load(folders["llama-gqa2"], kind)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    refused(model, "layers.0.self_attn.q_proj", "offloaded", "device_map")
 
 
 def test_quantised_in_every_pass(folders: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyarith.errors import UnsupportedModelError, check
 
 _METHODS = ("bitsandbytes", "torchao")
-_runs_here: weakref.WeakKeyDictionary[nn.Module, torch.device] = weakref.WeakKeyDictionary()
+_runs_here: weakref.WeakKeyDictionary[nn.Module, tuple[torch.device, frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,24 @@ def describe(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Quan
     linears = _linears(model)
     if not linears:
         return None
+    away = [name for name, module, _ in linears if module.weight.is_meta]
+    check(
+        not away,
+        f"model: {', '.join(away[:3])}: quantised weights are offloaded, where they cannot be read; load the model "
+        "unquantised, or with a device_map that keeps all of them on devices",
+        UnsupportedModelError,
+    )
     compute: set[torch.dtype] = set()
     first: dict[str, tuple[str, Any]] = {}
     for name, module, kind in linears:
         compute.add(_compute_dtype(module, dtype))
         first.setdefault(kind, (name, module))
-    if _runs_here.get(model) != device:
+    tried = (device, frozenset(first))
+    if _runs_here.get(model) != tried:
         with held(model):
             for kind, (name, module) in first.items():
-                _try(kind, name, module, dtype, device)
-        _runs_here[model] = device
+                _try(kind, name, module, dtype)
+        _runs_here[model] = tried
     int8 = [module for _, module, kind in linears if kind == "bitsandbytes LLM.int8"]
     return Quantised(
         kinds=tuple(sorted(Counter(kind for _, _, kind in linears).items())),
@@ -141,8 +149,9 @@ def _compute_dtype(module: Any, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _try(kind: str, name: str, module: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _try(kind: str, name: str, module: Any, dtype: torch.dtype) -> None:
     """One row through one linear, and its weight read back: whether this works here, the library knows best."""
+    device = module.weight.device
     if getattr(module.weight, "has_fp16_weights", False):
         raise UnsupportedModelError(
             f"model: {name} is quantised anew in every forward pass (llm_int8_has_fp16_weight=True); load it with False"
