@@ -217,9 +217,6 @@ def test_quantised(marker: str) -> None:
 
 def test_several_devices() -> None:
     model = make("llama", torch.float32)
-    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
-    refused(UnsupportedModelError, "model", "one device", "cpu", model=model)
-    model = make("llama", torch.float32)
     model.model.layers[2].mlp.to("meta")
     refused(UnsupportedModelError, "model", "meta|device", model=model)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyarith.errors import InputError, UnsupportedModelError, check
+from pyarith.errors import InputError, InputTypeError, UnsupportedModelError, check
 from pyarith.models.checkpoint import Checkpoint
 from pyarith.models.families import FAMILIES
 from pyarith.models.sites import STREAM, supported_families
@@ -258,8 +258,21 @@ def _blocks(model: nn.Module, spec: FamilySpec) -> list[tuple[str, nn.Module]]:
 
 
 def opened(model: Any) -> Any:
-    """``model`` itself, or the streamed model of a checkpoint folder where it is a path."""
-    return stream_checkpoint(model) if isinstance(model, str | Path) else model
+    """``model`` itself, or the streamed model of a checkpoint folder where it is a path.
+
+    Raises:
+        InputTypeError: the path is no folder.
+        Whatever ``stream_checkpoint`` raises.
+    """
+    if not isinstance(model, str | Path):
+        return model
+    check(
+        Path(model).is_dir(),
+        f"model: expected a model or the folder of a checkpoint, got {type(model).__name__} {str(model)!r}, which is no "
+        "folder here; load a hub model with transformers.AutoModelForCausalLM.from_pretrained",
+        InputTypeError,
+    )
+    return stream_checkpoint(model)
 
 
 def _built(
