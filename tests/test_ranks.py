@@ -103,15 +103,16 @@ def test_an_error_of_one_rank_ends_all(jobs: dict[str, Any]) -> None:
     first, broken, third = jobs["broken"]
     assert ended(jobs["broken"], 1) and broken["error"] == "ValueError: the third floor is on fire"
     for one in (first, third):
-        assert one["error"].endswith("ended with an error: the third floor is on fire")
-        assert names(one["error"], jobs["broken"], 1)
+        who = NAMED.format(1, broken["pid"])
+        assert re.fullmatch(f"RankError: {who} ended with an error: the third floor is on fire", one["error"])
 
 
 def test_a_dead_rank_ends_all_with_its_name(jobs: dict[str, Any]) -> None:
     ranks = jobs["killed"]
     assert [one["status"] for one in ranks] == [1, -9, 1]
     for one in (ranks[0], ranks[2]):
-        assert "has given no sign of life" in one["error"] and names(one["error"], ranks, 1) and one["seconds"] < 20
+        who = NAMED.format(1, ranks[1]["pid"])
+        assert re.match(f"RankError: {who} has given no sign of life", one["error"]) and one["seconds"] < 20
     held, other = jobs["first_killed"]
     assert held["status"] == -9 and other["status"] == 1 and other["seconds"] < 20
     assert "store of the process group does not answer" in other["error"]

@@ -34,7 +34,7 @@ LAST_WORDS = 5.0  # seconds that rank 0 waits, when it ends with an error, for t
 _PAUSE = 0.02  # seconds between two looks
 _CHUNK = 4 * 2**20  # a value of torch's TCPStore holds 8 MiB
 _SHORT = 19  # characters of a fingerprint in a message
-_LEFT, _FAILED = "left", "failed "
+_LEFT, _FAILED, _TOLD = "left", "failed ", "told "  # told: an error that names the rank that it is about
 
 _active: Team | None = None
 _teams = 0  # teams so far; every rank makes them in the same order
@@ -190,11 +190,11 @@ class Team:
         if self.size == 1 or self._ended.is_set():
             return
         try:
-            self._end(_FAILED + (" ".join(str(error).split()) or type(error).__name__))
+            self._end((_TOLD if isinstance(error, RankError) else _FAILED) + _text(error))
             until = time.monotonic() + LAST_WORDS
             # the store may live with rank 0: the others should read what happened before it goes
             while self.rank == 0 and isinstance(error, Exception) and time.monotonic() < until:
-                if all(self._status(rank).startswith((_LEFT, _FAILED)) for rank in self._alive()):
+                if all(self._status(rank).startswith((_LEFT, _FAILED, _TOLD)) for rank in self._alive()):
                     break
                 time.sleep(_PAUSE)
         except RankError:
@@ -202,15 +202,14 @@ class Team:
 
     def first_says(self, error: BaseException) -> bool:
         """Whether rank 0 ends with the very error that this rank ends with, waiting a moment for it."""
-        text = _FAILED + " ".join(str(error).split())
         until = time.monotonic() + 2 * BEAT
         while self.rank and time.monotonic() < until:
             try:
                 said = self._status(0)
             except RankError:
                 return False
-            if said[: len(_FAILED)] == _FAILED:
-                return said == text
+            if said.startswith((_FAILED, _TOLD)):
+                return said.partition(" ")[2] == _text(error)
             time.sleep(_PAUSE)
         return False
 
@@ -249,6 +248,8 @@ class Team:
             if rank == self.rank or (now - since < BEAT / 4 and rank in self._seen):
                 continue
             said = self._status(rank)
+            if said.startswith(_TOLD):
+                raise RankError(said.removeprefix(_TOLD))
             if said.startswith(_FAILED):
                 raise RankError(f"{self._names[rank]} ended with an error: {said.removeprefix(_FAILED)}")
             if said == _LEFT:
@@ -299,6 +300,10 @@ class Team:
                 f"the store of the process group does not answer any more ({' '.join(str(error).split())[:200]}): "
                 f"{self._names[0]}, with which it usually lives, was killed, or its machine is gone"
             ) from error
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
