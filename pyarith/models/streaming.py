@@ -268,7 +268,7 @@ def opened(model: Any) -> Any:
         return model
     check(
         Path(model).is_dir(),
-        f"model: expected a model or the folder of a checkpoint, got {type(model).__name__} {str(model)!r}, which is no "
+        f"model: expected a model or the folder of a checkpoint, got {type(model).__name__} {str(model)!r}, no "
         "folder here; load a hub model with transformers.AutoModelForCausalLM.from_pretrained",
         InputTypeError,
     )
