@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from single_thread import one_thread  # noqa: F401
 from tiny_models import MOE, inputs, make, prompts
 
 import pyarith as pa
+from pyarith.cli.arithmetic import _summary
 from pyarith.engine import oracle
 from pyarith.errors import SelfCheckError, UnsupportedModelError
 from pyarith.models.sites import resolve
@@ -67,6 +69,8 @@ def test_identity_rows_that_go_to_other_experts_are_counted(tmp_path: Path) -> N
     result.save(tmp_path)
     assert pa.PatchResult.load(tmp_path).n_rerouted == counted.sum()
     assert pa.PatchResult.merge([result, result]).settings["rerouted"] == (2 * counted).tolist()
+    exact = patched(make("mixtral", torch.float32), 3, n=60, verify=0)  # only rows of senders change their experts
+    assert exact.settings["rerouted"] == [0, 0, 0]
     frozen = patched(model, 3, verify=0, mlps="frozen")
     assert frozen.n_rerouted == 0 and "other experts" not in repr(frozen)
 
@@ -97,6 +101,14 @@ def test_other_experts_are_tolerated_in_16_bits_only_and_said() -> None:
         for seed in range(60):
             oracle.forget(model)
             patched(model, seed, verify=0)
+
+
+def test_discover_tells_of_them_where_there_are_any() -> None:
+    model, tokenizer = pa.load_demo()
+    found = pa.discover(model, pa.tasks.arithmetic(tokenizer, "+", n=4), progress=False, verify=0)
+    counted = replace(found, result=replace(found.result, settings={**found.result.settings, "rerouted": [2, 1]}))
+    row = "identity rows at other experts"
+    assert _summary({"+": counted, "-": found})[row] == ["3", "0"] and row not in _summary({"+": found})
 
 
 @pytest.mark.parametrize(("name", "sparse"), [("mixtral", 3), ("qwen2-moe", 2), ("qwen3-moe", 1), ("gpt-oss", 3)])

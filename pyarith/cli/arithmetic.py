@@ -185,6 +185,7 @@ def _columns(terminal: Terminal, signs: Iterable[str], first: str, rows: Mapping
 
 def _summary(discoveries: Mapping[str, Discovery]) -> dict[str, list[str]]:
     columns = [discovery.summary() for discovery in discoveries.values()]
+    rerouted = [discovery.result.n_rerouted for discovery in discoveries.values()]
     return {
         "prompts": [f"{c['prompts']}" for c in columns],
         "left out: misaligned": [f"{sum(c['misaligned_left_out'].values())}" for c in columns],
@@ -198,6 +199,7 @@ def _summary(discoveries: Mapping[str, Discovery]) -> dict[str, list[str]]:
         "answer logit, corrupted prompt": [f"{c['corrupted_logit']:.3f}" for c in columns],
         "clean logit <= 0, no ratio": [f"{c['ratio_excluded']}" for c in columns],
         "noise floor, in logits": [f"{c['noise_floor']:.1e}" for c in columns],
+        **({"identity rows at other experts": [f"{number}" for number in rerouted]} if any(rerouted) else {}),
         "literal re-runs agree to": [_or_dash(c["verification_error"], ".1e") for c in columns],
         "heads below -5%": [f"{len(c['key_heads'])} of {c['heads']}" for c in columns],
     }

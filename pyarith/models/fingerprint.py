@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pyarith.models.adapters import adapter_state
 from pyarith.models.placement import offloaded_tensors
 from pyarith.models.quantised import stored_tensors
 from pyarith.models.sites import STREAM
@@ -48,7 +49,9 @@ def identify(model: torch.nn.Module) -> Identity:
     config = model.config.to_dict()  # type: ignore[operator, union-attr]
     kept = {key: value for key, value in config.items() if key[:1] != "_" and key not in _NOT_THE_MODEL}
     text = json.dumps(kept, sort_keys=True, default=str)
-    whole = hashlib.sha256(type(model).__name__.encode() + text.encode())
+    adapters = adapter_state(model)  # which of them are active stands in no tensor
+    described = type(model).__name__ + text + (repr(adapters) if adapters else "")
+    whole = hashlib.sha256(described.encode())
     stream: Any = getattr(model, STREAM, None)  # of weights that stay in their files, and are cast on their way
     held: dict[str, torch.Tensor] = stored_tensors(model) | (
         offloaded_tensors(model) if stream is None else stream.sources
