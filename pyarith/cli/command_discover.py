@@ -67,7 +67,8 @@ def discover(
 ) -> None:
     """Arithmetic in any supported model.
 
-    The effects of all its heads and MLPs on its answers, from a local checkpoint or a hub name.
+    The effects of all its heads and MLPs on its answers, from a local checkpoint or a hub name. After a kill the same
+    command with --out goes on where it was. Under torchrun several processes share the prompts.
     """
     operators, styles = operator or ["+"], style or []
     settings = {key: value for key, value in locals().items() if key not in _NOT_SETTINGS}
