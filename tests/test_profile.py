@@ -20,6 +20,7 @@ from pyarith.engine.profiling import Account, PhaseTimes, Roofline
 from pyarith.engine.sizing import JobShape, expect_room, parse_rate, size_of_job
 from pyarith.errors import InputError, InputTypeError, MemoryBudgetError, UnsupportedModelError
 from pyarith.models.random_weights import random_model
+from pyarith.reporting.profiles import amount, duration
 
 SHAPE = JobShape(prompts=5, tokens=12)
 RATES = Roofline(1e11, 1e10)
@@ -58,6 +59,7 @@ def test_phases_follow_each_other_and_cover_the_run(profile):
     names = [c.phase for c in profile.phases]
     assert names == ["self-check", "capture", "replay", "readout", "verify", "other"]
     assert sum(c.seconds for c in profile.phases) == pytest.approx(profile.seconds["timed"])
+    assert profile.phases[0].seconds > 5e-4  # the model is checked in the timed run too, as in a user's first one
 
 
 def test_flop_of_the_replay_is_that_of_its_matrices(model, profile):
@@ -112,11 +114,15 @@ def test_the_high_water_mark_names_what_is_alive_then():
             torch.ones(500)
         with phases.phase("second"):
             kept = torch.ones(800)
+            first = account.high_water
             del rows
             torch.ones(100)
+        assert account.high_water is first and (first.bytes, first.phase) == (7200, "second")
+        assert first.held == {"rows": 4000, "second: ones [800] float32": 3200}
+        more = torch.ones(1500)
     water = account.high_water
-    assert (water.bytes, water.phase) == (7200, "second")
-    assert water.held == {"rows": 4000, "second: ones [800] float32": 3200} and len(kept) == 800
+    assert (water.bytes, water.phase) == (9200, "other") and len(kept) + len(more) == 2300
+    assert water.held == {"second: ones [800] float32": 3200, "other: ones [1500] float32": 6000}
 
 
 def test_memory_of_a_run_is_within_its_forecast(profile):
@@ -161,7 +167,9 @@ def test_phases_are_ranges_of_nvtx_on_a_gpu(monkeypatch):
 
 def test_a_trace_holds_the_phases(model, tmp_path):
     path = tmp_path / "new" / "trace.json"
-    pa.profile_patch(model, **JobShape(2, 4).inputs(tiny_models.VOCAB), verify=0, trace=path)
+    inputs = JobShape(2, 4).inputs(tiny_models.VOCAB)
+    found = pa.profile_patch(model, **inputs, verify=0, memory_budget="8MiB", trace=path)
+    assert found.result.settings["memory_budget"] == 8 * 2**20
     names = {event["name"] for event in json.loads(path.read_text())["traceEvents"]}
     assert {"pyarith capture", "pyarith replay", "aten::mm", "pyarith::add_norm"} <= names
 
@@ -179,7 +187,8 @@ def test_a_run_that_counting_changed_is_told(model, monkeypatch):
 
     monkeypatch.setattr(module, "fast_patch", drifting)
     found = pa.profile_patch(model, **JobShape(2, 4).inputs(tiny_models.VOCAB), verify=0)
-    assert not found.unchanged and len(set(runs)) == 1  # one budget, so the same blocks
+    assert not found.unchanged
+    assert len(set(runs)) == 1 and runs[0] > 0  # one budget, so the same blocks
 
 
 def test_several_batches_are_refused(model):
@@ -193,10 +202,14 @@ def test_several_batches_are_refused(model):
 @pytest.mark.parametrize("name", ["llama-gqa2", "gemma2", "gpt2", "neox"])
 def test_random_weights_run_like_any_other(name):
     config = tiny_models.make(name, torch.float32).config
+    before = torch.random.get_rng_state()
     made = random_model(config, torch.bfloat16)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing was initialised to be overwritten
     assert {p.dtype for p in made.parameters()} == {torch.bfloat16} and not made.training
     again = random_model(config, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+    other = random_model(config, torch.bfloat16, seed=1)
+    assert not all(torch.equal(a, b) for a, b in zip(made.parameters(), other.parameters(), strict=True))
     result = pa.fast_patch(made, **JobShape(2, 6).inputs(tiny_models.VOCAB), verify=1, progress=False)
     assert np.isfinite(result.head_logits).all() and result.head_logits.std() > 0
 
@@ -253,6 +266,17 @@ def test_rates_are_read(text, rate):
 def test_what_is_no_rate_is_refused(text):
     with pytest.raises(InputError, match="rate: expected FLOP per second"):
         parse_rate(text)
+
+
+def test_sizes_and_times_have_three_digits():
+    assert [amount(n) for n in (0, 900, 1536, 2.3 * 2**30, 999.4 * 2**20)] == [
+        *("0 B", "900 B", "1.5 KiB", "2.3 GiB", "999 MiB")
+    ]
+    assert [amount(n, "FLOP") for n in (5e8, 999_600_000, 5.15e14)] == ["500 MFLOP", "1 GFLOP", "515 TFLOP"]
+    times = (0, 0.0123, 0.9999, 5.678, 119.9, 200, 3 * 3600, 30 * 86400)
+    assert [duration(t) for t in times] == [
+        *("0 ms", "12.3 ms", "1000 ms", "5.68 s", "120 s", "3.33 min", "3 h", "30 days")
+    ]
 
 
 # the command

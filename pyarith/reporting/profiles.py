@@ -37,8 +37,8 @@ def duration(seconds: float) -> str:
     """``12.3 ms``, ``4.56 s``, ``3.2 min``, ``1.4 h``, ``2.5 days``."""
     for limit, size, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:.3g} days"
+            return f"{_three(seconds / size)} {unit}"
+    return f"{_three(seconds / 86400)} days"
 
 
 def amount(size: float, unit: str = "B") -> str:
@@ -49,4 +49,9 @@ def amount(size: float, unit: str = "B") -> str:
     power = 0
     while size >= 999.5 and power < len(names) - 1:
         size, power = size / base, power + 1
-    return f"{size:.3g} {names[power]}{unit}"
+    return f"{_three(size)} {names[power]}{unit}"
+
+
+def _three(value: float) -> str:
+    """At least three digits, never an exponent above them."""
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
