@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyarith.engine.guard import Hooks
 from pyarith.models.sites import ModelSites
@@ -36,8 +36,28 @@ def experts_of(output: Any) -> Tensor:
 
 
 def tolerated(sites: ModelSites) -> bool:
-    """Whether another choice of experts is rounding: in 16 bits; wider runs must choose as the model does."""
-    return sites.dtype.itemsize == 2
+    """Whether another choice of experts is rounding: in 16 bits, of the model or of products in quantised linears (int8
+    activations are coarser still); wider runs must choose as the model does."""
+    found = sites.quantised
+    return any(dtype.itemsize == 2 for dtype in (sites.dtype, *(found.compute if found else ())))
+
+
+def routed_width(sites: ModelSites, module: Any) -> int:
+    """Columns per row that a mixture of experts holds at once; 0 where the module has no experts that are known.
+
+    Each row stands top_k times: sorted by expert, through gate and up, their product, down, weighted, back in order.
+    Experts with biases hold further copies, and the implementation "batched_mm" a copy of the expert for every row.
+    Measured by the bytes of the tensors that live during a call.
+    """
+    stacked = [parameter for parameter in module.parameters() if parameter.dim() == 3]
+    if not stacked:
+        return 0
+    top_k, d = sites.config.num_experts_per_tok, sites.d_model
+    wide = max(parameter.numel() // (len(parameter) * d) for parameter in stacked)  # gate and up side by side
+    copies = 4 if any(name.endswith("_bias") for name, _ in module.named_parameters()) else 2
+    shared = 2 * sum(part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+    gathered = sum(p.numel() // len(p) for p in stacked) if sites.config._experts_implementation == "batched_mm" else 0
+    return int(top_k * (4 * d + copies * wide + gathered) + shared)
 
 
 class Rerouted:
