@@ -47,8 +47,8 @@ def test_race_end_to_end(tmp_path: Path) -> None:
     assert top.guarantee in printed and f"{top.n_used} of {top.n_given} prompts" in printed
     lines = [line.split() for line in done.stdout.splitlines()]
     for head in top.heads:
-        (cells,) = [cells for cells in lines if str(head) in cells]
-        assert cells[cells.index(str(head)) + 1] == f"{top.change[head]:+.3f}"
+        (cells,) = [cells for cells in lines if cells[:2] == ["+", str(head)]]
+        assert cells[2] == f"{top.change[head]:+.3f}"
     assert "MLPs, largest" not in done.stdout
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["settings"]["top_k"] == 3 and "raced" in record["runs"]["+"]["confidence"]["reason"]
