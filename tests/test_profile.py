@@ -139,6 +139,13 @@ def test_the_forecast_is_near_what_was_counted(profile, quantity):
     assert 0.97 * forecast <= found <= 1.5 * forecast
 
 
+def test_of_a_mixture_of_experts_only_those_count_that_a_token_meets():
+    found = pa.profile_patch(tiny_models.make("mixtral", torch.float32), **SHAPE.inputs(tiny_models.VOCAB), verify=0)
+    for quantity in ("capture FLOP", "replay FLOP"):
+        forecast, counted = found.compared[quantity]
+        assert 0.97 * forecast <= counted <= 1.5 * forecast, quantity
+
+
 def test_a_share_of_the_roofline_is_the_longer_of_both_times():
     assert RATES.ceiling(2e11, 1e9) == 2.0 and RATES.ceiling(1e9, 3e10) == 3.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyarith.engine import capture
 from pyarith.engine.batch import Batch
@@ -108,6 +108,15 @@ def stored_prefix(sites: ModelSites, batch: Batch) -> int:
     return length if length >= _MIN_PREFIX else 0
 
 
+def _used_parameters(sites: ModelSites, module: nn.Module) -> float:
+    """Parameters that a token meets in ``module``: of a mixture of experts those of the experts it is sent to."""
+    config = sites.config
+    known = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    spared = 1 - getattr(config, "num_experts_per_tok", known) / known
+    experts = [part for name, part in module.named_modules() if name.rpartition(".")[2] == "experts"]
+    return n_parameters(module) - spared * sum(map(n_parameters, experts))
+
+
 def default_budget(device: torch.device, free: int | None = None) -> int:
     """Bytes that a run takes at most where none are named: half of what is free, on a GPU at most 4 GiB."""
     half = (free_bytes(device) if free is None else free) // 2
@@ -135,7 +144,11 @@ def _synchronise(device: torch.device) -> None:
 
 
 class Planner:
-    """Costs of a run on one batch."""
+    """Costs of a run on one batch.
+
+    Attributes:
+        params: parameters of all blocks that a token meets.
+    """
 
     def __init__(self, sites: ModelSites, replay: Replay, batch: Batch, prefix: int, mlps: bool) -> None:
         self.sites, self.replay, self.prefix = sites, replay, prefix
@@ -145,8 +158,9 @@ class Planner:
         self.n = len(batch)
         self._stored = capture.bytes_per_prompt(sites, mlps)
         width = max((m.width or m.held for m in replay.mlps), default=0) or 8 * sites.d_model
-        self._mlp_params = sum(n_parameters(b.mlp) for b in sites.blocks) / sites.n_layers
-        self._block_params = n_parameters(sites.blocks[0].block)
+        used = [_used_parameters(sites, b.mlp) for b in sites.blocks]
+        self._mlp_params, self._last_mlp = sum(used) / sites.n_layers, used[-1]
+        self.params = sum(_used_parameters(sites, b.block) for b in sites.blocks)
         self._dense = scratch_bytes(sites.model)
         size = sites.dtype.itemsize
         # a Hugging Face MLP holds gate, activation, up and their product at once; attention holds q, k, v twice (RoPE)
@@ -218,14 +232,13 @@ class Planner:
 
     def forecast(self, plan: Plan, rate: float | None = None) -> Forecast:
         """FLOP of the matrix products, peak bytes, and seconds at ``rate`` FLOP per second (None: measured here)."""
-        layers = self.sites.n_layers
         tokens = self.prefix
         for groups in self.groups(plan, self.order):
             # behind a stored prefix nothing is padded
             tokens += sum(int(self.pair[g].sum() if self.prefix else self.pair[g].max() * len(g)) for g in groups)
         replayed = 0.0 if self.replay.frozen else 2.0 * self._mlp_params * self.replay.n_rows * self.n
         return Forecast(
-            capture_flop=2.0 * (self._block_params * layers - self._mlp_params) * tokens,
+            capture_flop=2.0 * (self.params - self._last_mlp) * tokens,
             replay_flop=replayed,
             bytes=self.bytes(plan),
             gemm_flop_per_second=rate or gemm_rate(self.sites.device, self.sites.dtype),

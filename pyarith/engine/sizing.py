@@ -4,7 +4,8 @@
     replay  = 2 P_mlp rows prompts                    rows = sum over layers j: (n_heads + 1)(j + 1) + j
     literal = 2 P_block n_layers tokens prompts n_layers (n_heads + 1)      one forward pass per head and MLP
 
-P are numbers of parameters; FLOP of attention scores, norms and activations are left out.
+P are numbers of parameters, of a mixture of experts those that a token meets; FLOP of attention scores, norms and
+activations are left out.
 """
 
 from __future__ import annotations
@@ -137,8 +138,7 @@ def size_of_job(
     planner = Planner(sites, replay, batch, stored_prefix(sites, batch), True)
     plan, widest = planner.plan(memory_budget), planner.plan(_PLENTY)
     parameters = list(model.parameters())
-    block = sum(p.numel() for p in sites.blocks[0].block.parameters())
-    forward = 2.0 * block * sites.n_layers * shape.tokens * shape.prompts
+    forward = 2.0 * planner.params * shape.tokens * shape.prompts
     return JobSize(
         sum(p.numel() for p in parameters),
         sum(p.nbytes for p in parameters),
