@@ -19,6 +19,8 @@ from tiny_models import MOE, inputs, make, prompts
 import pyarith as pa
 from pyarith.cli.arithmetic import _summary
 from pyarith.engine import oracle
+from pyarith.engine.profiling import Account
+from pyarith.engine.replay import Mlp
 from pyarith.errors import SelfCheckError, UnsupportedModelError
 from pyarith.models.sites import resolve
 from pyarith.models.weights import read_mlp
@@ -109,6 +111,22 @@ def test_discover_tells_of_them_where_there_are_any() -> None:
     counted = replace(found, result=replace(found.result, settings={**found.result.settings, "rerouted": [2, 1]}))
     row = "identity rows at other experts"
     assert _summary({"+": counted, "-": found})[row] == ["3", "0"] and row not in _summary({"+": found})
+
+
+@pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "gpt-oss"])
+def test_memory_of_experts_is_part_of_the_plan(name: str, how: str) -> None:
+    """What a call of the module holds at once, against what the planner takes a row for."""
+    sizes = {"moe_intermediate_size": 96} if name == "qwen2-moe" else {"intermediate_size": 96}
+    model = make(name, torch.float32, hidden_size=128, num_experts=8, **sizes)
+    model.config._experts_implementation = how
+    sites = resolve(model)
+    mlp, n = sites.blocks[1].mlp, 256
+    rows = torch.randn(4, n // 4, sites.d_model, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Account(sites.device) as account:
+        mlp(rows)
+    held = account.high_water.bytes / rows.itemsize / n
+    assert held <= Mlp(sites, mlp, "auto").held < 2 * held
 
 
 @pytest.mark.parametrize(("name", "sparse"), [("mixtral", 3), ("qwen2-moe", 2), ("qwen3-moe", 1), ("gpt-oss", 3)])

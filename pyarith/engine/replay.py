@@ -25,7 +25,7 @@ from pyarith.engine.capture import Captured
 from pyarith.engine.guard import output_of
 from pyarith.engine.phases import label
 from pyarith.engine.readout import Norm, Readout, RowLogits, read_unembed, split, split_norm
-from pyarith.engine.routing import Rerouted
+from pyarith.engine.routing import Rerouted, routed_width
 from pyarith.models.quantised import held_width
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import HeadOutputs, read_mlp
@@ -92,6 +92,7 @@ class Mlp:
     def __init__(self, sites: ModelSites, module: nn.Module, backend: str) -> None:
         self.module, self.backend, self.scale = module, backend, sites.residual_scale
         self.weights = read_mlp(sites, module)
+        self._routed = routed_width(sites, module) if self.weights is None else 0
 
     @property
     def width(self) -> int:
@@ -99,8 +100,8 @@ class Mlp:
 
     @property
     def held(self) -> int:
-        """Columns per row that a quantised MLP's own module holds at once; 0 where that is not known."""
-        return held_width(self.module) if self.weights is None else 0
+        """Columns per row that the own module of a quantised MLP or of a mixture of experts holds at once, else 0."""
+        return held_width(self.module) or self._routed if self.weights is None else 0
 
     @property
     def bias(self) -> Tensor | None:

@@ -43,19 +43,20 @@ def tolerated(sites: ModelSites) -> bool:
 
 
 def routed_width(sites: ModelSites, module: Any) -> int:
-    """Columns per row that a mixture of experts holds at once; 0 where the module has no experts that are known.
+    """Columns per row that a mixture of experts holds at once; 0 for any other module.
 
     Each row stands top_k times: sorted by expert, through gate and up, their product, down, weighted, back in order.
     Experts with biases hold further copies, and the implementation "batched_mm" a copy of the expert for every row.
     Measured by the bytes of the tensors that live during a call.
     """
-    stacked = [parameter for parameter in module.parameters() if parameter.dim() == 3]
-    if not stacked:
+    if sites.spec.router is None or not hasattr(module, sites.spec.router):
         return 0
+    stacked = [parameter for parameter in module.parameters() if parameter.dim() == 3]
     top_k, d = sites.config.num_experts_per_tok, sites.d_model
-    wide = max(parameter.numel() // (len(parameter) * d) for parameter in stacked)  # gate and up side by side
+    # gate and up side by side; experts that are quantised may be stored in another shape
+    wide = max((parameter.numel() // (len(parameter) * d) for parameter in stacked), default=0)
     copies = 4 if any(name.endswith("_bias") for name, _ in module.named_parameters()) else 2
-    shared = 2 * sum(part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+    shared = sum(part.out_features for part in module.modules() if isinstance(part, nn.Linear))
     gathered = sum(p.numel() // len(p) for p in stacked) if sites.config._experts_implementation == "batched_mm" else 0
     return int(top_k * (4 * d + copies * wide + gathered) + shared)
 

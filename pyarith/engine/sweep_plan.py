@@ -44,7 +44,7 @@ class SweepPlanner:
         self.lengths = lengths
         self.longest = int(lengths.max())
         self.first = np.array([s.first_layer for s in sets])
-        size, width = sites.dtype.itemsize, max((m.width for m in replay.mlps), default=0) or 8 * sites.d_model
+        size, width = sites.dtype.itemsize, max(m.width or m.held for m in replay.mlps) or 8 * sites.d_model
         # attention holds q, k, v twice (rotary embedding), z and its write; the MLP of the intact model gate, up, both
         self._attention = size * 10 * max(sites.d_model, sites.n_heads * sites.d_head)
         self._clean = self._attention + size * 3 * width
