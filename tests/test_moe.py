@@ -113,6 +113,18 @@ def test_discover_tells_of_them_where_there_are_any() -> None:
     assert _summary({"+": counted, "-": found})[row] == ["3", "0"] and row not in _summary({"+": found})
 
 
+def test_sweeps_tolerate_other_experts_in_16_bits_only() -> None:
+    ids = torch.tensor([list(prompt.clean) for prompt in prompts((7,) * 60, seed=3)])
+    for dtype, difference in ((torch.bfloat16, 0.002), (torch.float32, 1e-7)):
+        model = near_tie(dtype, difference, num_experts_per_tok=1)
+        found = pytest.warns(UserWarning, match="mixture of experts") if dtype == torch.bfloat16 else (
+            pytest.raises(SelfCheckError)
+        )  # fmt: skip
+        with found:
+            result = pa.ablation_sweep(model, ids, torch.full((60,), 5), sets=[(0, 1)], progress=False, verify=2)
+            assert result.noise_floor > 1
+
+
 @pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen2-moe", "gpt-oss"])
 def test_memory_of_experts_is_part_of_the_plan(name: str, how: str) -> None:

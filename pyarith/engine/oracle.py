@@ -51,6 +51,19 @@ def tolerance(sites: ModelSites, scale: float) -> float:
     return (share + _INT8_ACTIVATIONS * bool(found and found.activations) + _ROUTED * routed) * scale
 
 
+def excused(sites: ModelSites, found: str) -> bool:
+    """Whether a sweep's difference beyond ``tolerance`` may be another choice of experts; a warning says so then."""
+    if not (tolerated(sites) and has_routers(sites)):
+        return False
+    warnings.warn(
+        f"{found}. Rounding to {sites.dtype} can send rows of a mixture of experts to other experts, so this is "
+        "tolerated; the noise floor shows the effect. Load the model in fp32 for effects smaller than that",
+        UserWarning,
+        stacklevel=3,
+    )
+    return True
+
+
 def forget(model: nn.Module) -> None:
     """Let the next ``attach`` check the model again, though it has not changed."""
     _checked.pop(model, None)
