@@ -151,6 +151,7 @@ def out_of_memory(rank: int) -> dict[str, Any]:
     def full(number: int) -> None:
         if rank == 1 and number == 1:
             raise torch.OutOfMemoryError("full")
+        time.sleep(0.1 * (rank == 0))
 
     before_block(full)
     return patch()

@@ -28,7 +28,7 @@ from pyarith.models.fingerprint import model_fingerprint
 from pyarith.models.sites import ModelSites
 
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = 15.0  # seconds without one after which a rank counts as dead
+SILENCE = 30.0  # seconds without one after which a rank counts as dead
 ARRIVAL = 1800.0  # seconds that ranks wait for each other where all should arrive
 LAST_WORDS = 5.0  # seconds that rank 0 waits, when it ends with an error, for the others to read why
 _PAUSE = 0.02  # seconds between two looks
@@ -50,6 +50,8 @@ class Team:
         self.neighbours = 1  # ranks on this host, this one among them
         self._seen: dict[int, tuple[str, float]] = {}
         self._dead: set[int] = set()
+        self._left: set[int] = set()
+        self._looked = -BEAT
         self._ended = threading.Event()
         self._lock = threading.Lock()  # of the key "alive": what is said last stays
 
@@ -180,9 +182,10 @@ class Team:
     def leave(self) -> None:
         """This rank needs nothing more. Rank 0, which may hold the store, goes last."""
         if self.rank == 0:
-            while any(self._status(rank) != _LEFT for rank in range(1, self.size)):
-                self._watch()
-                time.sleep(_PAUSE)
+            for rank in range(1, self.size):
+                while self._status(rank) != _LEFT:
+                    self._watch()
+                    time.sleep(_PAUSE)
         self._end(_LEFT)
 
     def failed(self, error: BaseException) -> None:
@@ -194,7 +197,9 @@ class Team:
             until = time.monotonic() + LAST_WORDS
             # the store may live with rank 0: the others should read what happened before it goes
             while self.rank == 0 and isinstance(error, Exception) and time.monotonic() < until:
-                if all(self._status(rank).startswith((_LEFT, _FAILED, _TOLD)) for rank in self._alive()):
+                said = [self._status(rank) for rank in range(self.size) if rank != self.rank and rank not in self._dead]
+                # one that never said anything was never there
+                if all(one.startswith((_LEFT, _FAILED, _TOLD)) for one in said if one):
                     break
                 time.sleep(_PAUSE)
         except RankError:
@@ -236,25 +241,23 @@ class Team:
     def _status(self, rank: int) -> str:
         return (self._get(f"alive/{rank}") or b"").decode()
 
-    def _alive(self) -> list[int]:
-        """The other ranks that are not known to be dead."""
-        return [rank for rank in range(self.size) if rank != self.rank and rank not in self._dead]
-
-    def _watch(self, waiting_for: int | None = None) -> None:
-        """Raise RankError where a rank is dead or ended with an error, or has left one that waits for it."""
+    def _watch(self) -> None:
+        """Raise RankError where a rank is dead or ended with an error; note which have left."""
         now = time.monotonic()
+        if now - self._looked < BEAT / 4:
+            return
+        self._looked = now
         for rank in range(self.size):
-            before, since = self._seen.get(rank, ("", now))
-            if rank == self.rank or (now - since < BEAT / 4 and rank in self._seen):
+            if rank == self.rank:
                 continue
+            before, since = self._seen.get(rank, ("", now))
             said = self._status(rank)
             if said.startswith(_TOLD):
                 raise RankError(said.removeprefix(_TOLD))
             if said.startswith(_FAILED):
                 raise RankError(f"{self._names[rank]} ended with an error: {said.removeprefix(_FAILED)}")
             if said == _LEFT:
-                gone = rank == waiting_for
-                check(not gone, f"{self._names[rank]} left the run while this rank waits for it", RankError)
+                self._left.add(rank)
             elif said != before or rank not in self._seen:
                 self._seen[rank] = said, now
             elif said and now - since > SILENCE:
@@ -273,7 +276,11 @@ class Team:
     def _wait(self, key: str, rank: int) -> bytes:
         start = time.monotonic()
         while (found := self._get(key)) is None:
-            self._watch(waiting_for=rank)
+            self._watch()
+            # what it said last it said before it left
+            if rank in self._left and (found := self._get(key)) is not None:
+                break
+            check(rank not in self._left, f"{self._names[rank]} left while this rank waits for it", RankError)
             check(
                 time.monotonic() - start < ARRIVAL,
                 f"{self._names[rank]} did not come within {ARRIVAL:.0f} s: every rank must make the same calls",
