@@ -85,10 +85,15 @@ def reported(debug: bool) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """No loading bars and no advice from Hugging Face libraries; what matters about a checkpoint is checked here."""
+    import logging as standard
+
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # transformers imports torchao where it is installed, which then reports each kernel that is not for this machine
+    for name in ("torchao", "torch.utils._pytree"):
+        standard.getLogger(name).setLevel(standard.ERROR)
     logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
