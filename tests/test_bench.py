@@ -67,8 +67,9 @@ def test_peak_memory_sees_what_was_freed():
     with PeakMemory() as memory:
         block = torch.ones(48 * 2**18)
         del block
-    assert 47 * 2**20 <= memory.resident_bytes < 64 * 2**20
-    assert 32 * 2**20 <= memory.private_bytes < 64 * 2**20  # sampled: the last millisecond may be missing
+    # not twice; what other threads of the test process allocate meanwhile is in it too
+    assert 47 * 2**20 <= memory.resident_bytes < 90 * 2**20
+    assert 32 * 2**20 <= memory.private_bytes < 90 * 2**20  # sampled: the last millisecond may be missing
 
 
 def test_floor_has_the_flop_of_its_formula():

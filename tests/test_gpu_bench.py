@@ -123,24 +123,6 @@ def test_rehearsal_runs_every_stage_and_needs_no_optional_package(tmp_path):
     )
 
 
-@pytest.mark.timeout(300)
-def test_wrong_and_crashing_kernels_are_reported_and_the_rest_goes_on(tmp_path):
-    out = tmp_path / "rows.jsonl"
-    custom = WRONG_KERNELS.format(root=str(ROOT))
-    status, output = finish(start("--rehearse", "--quick", "--out", str(out), folder=tmp_path, custom=custom))
-    assert status == 1, output
-    for dtype in ("float32", "bfloat16"):
-        assert f"  check gated_act cpu {dtype}: FAILED: ValueError: gated_act cpu" in output
-    assert "  check shared_prefix_attention reference float32: FAILED: the process died of SIGABRT" in output
-    found = {(row["name"], row["provider"], row["dtype"]) for row in rows(out)}
-    assert not [row for row in found if row[:2] == ("check gated_act", "cpu")]
-    assert ("check shared_prefix_attention", "reference", "float32") not in found
-    assert ("check shared_prefix_attention", "reference", "float16") in found
-    assert ("check gated_act", "reference", "float32") in found  # same op, another backend
-    assert ("check vocab_logsumexp", "cpu", "float32") in found  # behind the crash
-    assert "check fast_patch" in {name for name, _, _ in found}
-
-
 @pytest.mark.timeout(200)
 def test_ended_by_a_signal_it_keeps_what_it_has(tmp_path):
     out = tmp_path / "rows.jsonl"
@@ -175,6 +157,31 @@ def test_without_time_nothing_is_measured_and_all_is_listed(tmp_path):
 def bench_on_path(monkeypatch):
     for folder in ("tests/ops", "tests", "bench"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
+
+
+@pytest.mark.timeout(300)
+def test_wrong_and_crashing_kernels_are_reported_and_the_rest_goes_on(tmp_path, bench_on_path, monkeypatch, capfd):
+    import gpu
+    from gpu_report import STAGES, Stage
+
+    (tmp_path / "sitecustomize.py").write_text(WRONG_KERNELS.format(root=str(ROOT)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(STAGES, "engine", Stage("engine", "engine", seconds=3, hangs=40, checks=True))
+    out = tmp_path / "rows.jsonl"
+    supervisor = gpu.Supervisor(gpu.Options(rehearse=True, quick=True, out=out))
+    supervisor.run()
+    output = capfd.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        assert f"  check gated_act cpu {dtype}: FAILED: ValueError: gated_act cpu" in output
+    assert "  check shared_prefix_attention reference float32: FAILED: the process died of SIGABRT" in output
+    found = {(row["name"], row["provider"], row["dtype"]) for row in rows(out)}
+    assert not [row for row in found if row[:2] == ("check gated_act", "cpu")]
+    assert ("check shared_prefix_attention", "reference", "float32") not in found
+    assert ("check shared_prefix_attention", "reference", "float16") in found
+    assert ("check gated_act", "reference", "float32") in found  # same op, another backend
+    assert ("check vocab_logsumexp", "cpu", "float32") in found  # behind the crash
+    assert "check fast_patch" in {name for name, _, _ in found}
+    assert not supervisor.report.all_well and "FAILED" in "\n".join(supervisor.report.lines())
 
 
 @pytest.mark.timeout(200)

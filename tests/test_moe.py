@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quantised_models
 import sweep_oracle
 import test_families
 import torch
@@ -18,7 +19,7 @@ from tiny_models import MOE, inputs, make, prompts
 
 import pyarith as pa
 from pyarith.cli.arithmetic import _summary
-from pyarith.engine import oracle
+from pyarith.engine import oracle, routing
 from pyarith.engine.profiling import Account
 from pyarith.engine.replay import Mlp
 from pyarith.errors import SelfCheckError, UnsupportedModelError
@@ -103,6 +104,13 @@ def test_other_experts_are_tolerated_in_16_bits_only_and_said() -> None:
         for seed in range(60):
             oracle.forget(model)
             patched(model, seed, verify=0)
+
+
+@pytest.mark.parametrize("kind", quantised_models.KINDS)
+def test_other_experts_are_tolerated_where_quantised_linears_round(kind: str, tmp_path: Path) -> None:
+    """The model is in fp32: products of wider weights must choose as it does, activations in int8 need not."""
+    model = quantised_models.load(quantised_models.save(tmp_path, "mixtral"), kind)
+    assert routing.tolerated(resolve(model)) == (kind in quantised_models.INT8)
 
 
 def test_discover_tells_of_them_where_there_are_any() -> None:

@@ -31,12 +31,17 @@ class true_fp64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.float and _asked_by_transformers():
-            return args[0].double()
-        fp32_asked = kwargs.get("dtype") is torch.float32 or torch.float32 in args[1:]
-        if fp32_asked and _asked_by_transformers():
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        # on the way of every op of every literal run: nothing is copied or compared where nothing is asked
+        if func is torch.Tensor.float:
+            if _asked_by_transformers():
+                return args[0].double()
+        elif kwargs and kwargs.get("dtype") is torch.float32:
+            if _asked_by_transformers():
+                kwargs = {**kwargs, "dtype": torch.float64}
+        elif len(args) > 1:
+            for argument in args:
+                if argument is torch.float32:
+                    if _asked_by_transformers():
+                        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                    break
+        return func(*args, **kwargs) if kwargs else func(*args)

@@ -36,10 +36,11 @@ def experts_of(output: Any) -> Tensor:
 
 
 def tolerated(sites: ModelSites) -> bool:
-    """Whether another choice of experts is rounding: in 16 bits, of the model or of products in quantised linears (int8
-    activations are coarser still); wider runs must choose as the model does."""
+    """Whether another choice of experts is rounding: in 16 bits, of the model or of products in quantised linears, and
+    with activations in int8, which are coarser still; wider runs must choose as the model does."""
     found = sites.quantised
-    return any(dtype.itemsize == 2 for dtype in (sites.dtype, *(found.compute if found else ())))
+    narrow = any(dtype.itemsize == 2 for dtype in (sites.dtype, *(found.compute if found else ())))
+    return narrow or bool(found and found.activations)
 
 
 def routed_width(sites: ModelSites, module: Any) -> int:

@@ -255,7 +255,8 @@ def rank_correlation(
     Resampling adds noise to both rankings once more and so pulls their correlation towards 0; a percentile interval
     would be wrong the wrong way. With z = atanh(r), r the estimate, m the median and z_q the q quantile of the
     resampled values, two intervals on Fisher's scale are joined: z + z_q - m (the spread about the estimate) and
-    2 z - z_(1 - q) (the "basic" one, which also undoes that pull).
+    2 z - z_(1 - q) (the "basic" one, which also undoes that pull). Of n senders, values nearer to 1 or -1 than half a
+    swap of neighbours, 6 / (n (n^2 - 1)), are taken as that far away.
 
     Args:
         a, b: [..., batch] effects of the same senders, such as two operators or two corruptions.
@@ -292,12 +293,14 @@ def rank_correlation(
     usable = ~np.isnan(means[0] + means[1]).any(0)
     check(bool(usable.mean() > 0.99), f"a, b: {1 - usable.mean():.1%} of the resamples leave a sender without a prompt")
     drawn = _correlation(*(ranks(np.ascontiguousarray(one[:, usable].T)) for one in means))
-    bound = np.arctanh(1 - 1e-9)  # a resample may agree or disagree entirely
+    # A resample may agree or disagree entirely. The next value below 1 without ties is one swap of neighbours away, so
+    # entire agreement counts as half a swap: an infinite z would carry the basic interval's lower bound to -1.
+    bound = np.arctanh(1 - 6 / (len(left) * (len(left) ** 2 - 1)))
     with np.errstate(divide="ignore"):
         z = np.clip(np.arctanh(np.append(drawn, estimate)), -bound, bound)
     below, middle, above = np.nanquantile(z[:-1], [(1 - level) / 2, 0.5, (1 + level) / 2])
-    low = np.tanh(min(z[-1] + below - middle, 2 * z[-1] - above))
-    high = np.tanh(max(z[-1] + above - middle, 2 * z[-1] - below))
+    low = min(estimate, np.tanh(min(z[-1] + below - middle, 2 * z[-1] - above)))
+    high = max(estimate, np.tanh(max(z[-1] + above - middle, 2 * z[-1] - below)))
     ceiling = float("nan")
     if clusters_b is not None:
         sides = (split_half(left, found_a, k=(), seed=seed), split_half(right, found_b, k=(), seed=second))

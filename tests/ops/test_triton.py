@@ -36,7 +36,8 @@ KERNELS = (
     "masked_adamw",
     "gate_up_candidate",
 )
-VERSIONS = ("installed", "other")
+# what the tests compile for; the other release, whose fp32 products differ on sm_100 only, once more when the table is made
+VERSIONS = {"installed": ARCHS, "other": ("100",)}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -92,7 +93,7 @@ def lines(rows):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_compiled(version, tmp_path):
-    rows = compiled(version, *ARCHS, cache=tmp_path)
+    rows = compiled(version, *VERSIONS[version], cache=tmp_path)
     for row in rows:
         assert row["spill_bytes"] == row["spill_instructions"] == 0, f"spills: {row}"
         assert row["registers"] <= 255 and row["shared_bytes"] <= SHARED, row
@@ -101,7 +102,12 @@ def test_compiled(version, tmp_path):
         assert used & set(row["wanted"]) if row["wanted"] else not used, f"matrix instructions: {row}"
         assert not row["narrow"], f"{row['kernel']}: offsets in 32 bits: {row['narrow']}"
     now = lines(rows)
-    known = [line for line in recorded() if line["compiler_version"] == now[0]["compiler_version"]]
+    archs = {line["arch"] for line in now}
+    known = [
+        line
+        for line in recorded()
+        if line["compiler_version"] == now[0]["compiler_version"] and line["arch"] in archs
+    ]
     changes = [f"recorded {line}" for line in known if line not in now]
     changes += [f"now      {line}" for line in now if line not in known]
     assert not known or not changes, "\n".join(
@@ -228,7 +234,7 @@ def main() -> None:
 
     now = []
     with tempfile.TemporaryDirectory() as cache:
-        for version in VERSIONS if os.environ.get("PYARITH_OTHER_TRITON") else VERSIONS[:1]:
+        for version in list(VERSIONS) if os.environ.get("PYARITH_OTHER_TRITON") else ["installed"]:
             now += lines(compiled(version, *ARCHS, cache=cache))
     versions = {line["compiler_version"] for line in now}
     now += [line for line in recorded() if line["compiler_version"] not in versions] if TABLE.exists() else []

@@ -186,24 +186,21 @@ def narrow(launch: Launch, code: str) -> list[str]:
     return found
 
 
-def disassembled(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, machine code) by the tools in Triton's wheel."""
+def disassembled(cubin: bytes) -> str:
+    """Resource usage, then machine code, by the tool in Triton's wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    return usage, code
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compiled(index: int, arch: int) -> Compiled:
     name, launch, matrix = list(variants())[index]
     kernel = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options())
-    usage, code = disassembled(kernel.asm["cubin"])
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    code = disassembled(kernel.asm["cubin"])
+    registers, stack = (int(re.search(rf"\b{word}:(\d+)", code)[1]) for word in ("REG", "STACK"))
     return Compiled(
         version=triton.__version__,
         arch=f"sm_{arch}",
