@@ -22,7 +22,7 @@ COMMAND = [sys.executable, str(ROOT / "bench" / "gpu.py")]
 ABSENT = ("scipy", "matplotlib", "hypothesis", "typer", "rich", "transformer_lens", "nnsight")
 
 WRONG_KERNELS = """
-import dataclasses, os, sys
+import dataclasses, os, sys, time
 sys.path.insert(0, {root!r})
 from pyarith.ops import _registry as registry
 
@@ -44,6 +44,16 @@ def crash(q, *rest):
     attention(q, *rest)
 
 plant("shared_prefix_attention", "reference", crash)
+add = registry._table["add_norm"]["cpu"].function
+
+def hang(*given):
+    hung = os.path.join(os.path.dirname(__file__), "hung")  # once is enough: a later stage uses the kernel, too
+    if any(str(getattr(one, "dtype", "")) == "torch.bfloat16" for one in given) and not os.path.exists(hung):
+        open(hung, "w").close()
+        time.sleep(1000)
+    add(*given)
+
+plant("add_norm", "cpu", hang)
 """
 
 
@@ -160,12 +170,15 @@ def bench_on_path(monkeypatch):
 
 
 @pytest.mark.timeout(300)
-def test_wrong_and_crashing_kernels_are_reported_and_the_rest_goes_on(tmp_path, bench_on_path, monkeypatch, capfd):
+def test_kernels_that_are_wrong_crash_or_hang_are_reported_and_the_rest_goes_on(
+    tmp_path, bench_on_path, monkeypatch, capfd
+):
     import gpu
     from gpu_report import STAGES, Stage
 
     (tmp_path / "sitecustomize.py").write_text(WRONG_KERNELS.format(root=str(ROOT)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(STAGES, "kernels", Stage("kernels", "kernels", seconds=150, hangs=3, checks=True))
     monkeypatch.setitem(STAGES, "engine", Stage("engine", "engine", seconds=3, hangs=40, checks=True))
     out = tmp_path / "rows.jsonl"
     supervisor = gpu.Supervisor(gpu.Options(rehearse=True, quick=True, out=out))
@@ -181,23 +194,9 @@ def test_wrong_and_crashing_kernels_are_reported_and_the_rest_goes_on(tmp_path, 
     assert ("check gated_act", "reference", "float32") in found  # same op, another backend
     assert ("check vocab_logsumexp", "cpu", "float32") in found  # behind the crash
     assert "check fast_patch" in {name for name, _, _ in found}
-    assert not supervisor.report.all_well and "FAILED" in "\n".join(supervisor.report.lines())
-
-
-@pytest.mark.timeout(200)
-def test_a_hanging_case_is_ended(tmp_path, bench_on_path, monkeypatch, capfd):
-    import gpu
-    from gpu_report import STAGES, Stage
-
-    hang = "import time; plant('add_norm', 'cpu', lambda *_: time.sleep(1000))"
-    (tmp_path / "sitecustomize.py").write_text(WRONG_KERNELS.format(root=str(ROOT)) + hang)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setitem(STAGES, "kernels", Stage("kernels", "kernels", seconds=4, hangs=3, checks=True))
-    monkeypatch.setitem(STAGES, "engine", Stage("engine", "engine", seconds=0, hangs=0, checks=True))
-    supervisor = gpu.Supervisor(gpu.Options(rehearse=True, quick=True, out=tmp_path / "rows.jsonl"))
-    supervisor.run()
     outcomes = supervisor.report.outcomes
     assert outcomes["check add_norm cpu bfloat16"].reason == "no end in 3 s"
+    assert outcomes["check add_norm cpu float32"].status == "passed"
     assert outcomes["out of memory"].reason == "out of time"
     assert outcomes["build"].status == "passed" and not supervisor.report.all_well
 

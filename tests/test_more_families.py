@@ -108,7 +108,7 @@ def test_what_needs_the_attention_interface_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["gptj", "falcon-new"])
 def test_a_prefix_that_all_prompts_share(name: str) -> None:
     """Stored in a cache that goes by another name in these blocks."""
-    test_families.test_prefixes("few-shot", name)
+    test_families.test_prefixes(name, "few-shot")
 
 
 def test_sdpa() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pyarith as pa
 from pyarith.cli import app
 from pyarith.discovery import knockout
 from pyarith.discovery.knockout import KnockoutCurve
-from pyarith.reporting import SavedRun, knockouts
+from pyarith.reporting import SavedRun, Step, knockouts
 from pyarith.reporting.files import file_hash
 from pyarith.reporting.files import plain as plainly
 from pyarith.reporting.knockouts import choose, curve, curve_record
@@ -175,3 +176,37 @@ def test_sigkill_of_the_command_at_a_random_point(run, whole):
     assert process.returncode in (-signal.SIGKILL, 0), errors
     done = pyarith("knockout", run, *K)
     assert done.exit_code == 0 and same_step(run, whole) and not list(run.glob(".*")), done.output
+
+
+def test_two_commands_at_once_end_alike(run, whole):
+    arguments = ["knockout", str(run), *map(str, K)]
+    code = (
+        f"import sys, torch; torch.set_num_threads(1); sys.argv[1:] = {arguments}; from pyarith.cli import main; main()"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert same_step(run, whole) and not list(run.glob(".*"))
+
+
+def test_one_at_a_time_writes_a_step(run):
+    """The second process begins when the first has moved its files, and knows of them."""
+    seen = []
+
+    def write(name, value):
+        step = Step(SavedRun.open(run), "knockout", {"k": [1], "value": value})
+        with step.alone():
+            seen.append(f"{name} begins")
+            step.file(f"{name}.csv").write_text(value)
+            if name == "first":
+                other.start()
+                other.join(0.3)
+            seen.append(f"{name} ends")
+            step.finish({}, {})
+
+    other = threading.Thread(target=write, args=("second", "2"))
+    write("first", "1")
+    other.join()
+    assert seen == ["first begins", "first ends", "second begins", "second ends"]
+    assert sorted(path.name for path in (run / "knockout").iterdir()) == ["knockout.json", "second.csv"]
+    assert not list(run.glob(".*"))

@@ -78,10 +78,12 @@ def analyze(
         _show(terminal, found, tokenizer)
         from pyarith.reporting.tables import write_csv
 
-        for name, made in tables(found, tokenizer).items():
-            write_csv(step.file(name), made)
-        _pictures(step, found, Path(str(run.record["model"]["name"])).name)
-        for file in step.finish(record(found), seconds):
+        with step.alone():
+            for name, made in tables(found, tokenizer).items():
+                write_csv(step.file(name), made)
+            _pictures(step, found, Path(str(run.record["model"]["name"])).name)
+            files = step.finish(record(found), seconds)
+        for file in files:
             terminal.line(f"Wrote {file}")
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")
 

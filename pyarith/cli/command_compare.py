@@ -103,11 +103,13 @@ def compare(
         summary = found.summary()
         _say(terminal, found.base, summary)
         record = made.comparison_record(found, summary, split)
-        write_csv(step.file("runs.csv"), record["frontier"])
         best = {one.arm: one.rate for one in summary}
         title = f"{Path(str(run.record['model']['name'])).name}: training {operator}"
-        step.add_figure("frontier.png", frontier_figure(record["frontier"], best, title))
-        for file in step.finish({"comparison": record}, {"all": time.perf_counter() - start}):
+        with step.alone():
+            write_csv(step.file("runs.csv"), record["frontier"])
+            step.add_figure("frontier.png", frontier_figure(record["frontier"], best, title))
+            files = step.finish({"comparison": record}, {"all": time.perf_counter() - start})
+        for file in files:
             terminal.line(f"Wrote {file}")
         kept.path.unlink(missing_ok=True)
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")

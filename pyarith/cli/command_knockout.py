@@ -92,10 +92,12 @@ def knockout(
         from pyarith.plots import knockout_figure
         from pyarith.reporting.tables import write_csv
 
-        write_csv(step.file("knockout.csv"), rows)
         title = f"{Path(str(run.record['model']['name'])).name}: knock-out, {_words(baseline)}"
-        step.add_figure("knockout.png", knockout_figure({name_of(s): c for s, c in curves.items()}, title=title))
-        for file in step.finish({"curves": content}, seconds):
+        with step.alone():
+            write_csv(step.file("knockout.csv"), rows)
+            step.add_figure("knockout.png", knockout_figure({name_of(s): c for s, c in curves.items()}, title=title))
+            files = step.finish({"curves": content}, seconds)
+        for file in files:
             terminal.line(f"Wrote {file}")
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")
 

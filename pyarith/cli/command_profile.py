@@ -239,7 +239,8 @@ def _of_run(
         found = profile_patch(model, run.pairs(tokenizer, sign), trace=trace, **asked.options)
     if top is not None:
         _say(terminal, found, top)
-    files = step.finish(write_step(step, found), found.seconds)
+    with step.alone():
+        files = step.finish(write_step(step, found), found.seconds)
     if top is not None:
         for file in files:
             terminal.line(f"Wrote {file}")

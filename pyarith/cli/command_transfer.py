@@ -123,10 +123,12 @@ def transfer(
             )
         seconds["transfer"] = time.perf_counter() - begun
         _say(terminal, result, lists)
-        write_step(step, result, lists, loaded)
         title = f"{Path(str(run.record['model']['name'])).name}: tasks with heads ablated ({_words(baseline)})"
-        step.add_figure("transfer.png", transfer_figure(result, title=title))
-        for file in step.finish(content(result, lists, drawn), seconds):
+        with step.alone():
+            write_step(step, result, lists, loaded)
+            step.add_figure("transfer.png", transfer_figure(result, title=title))
+            written = step.finish(content(result, lists, drawn), seconds)
+        for file in written:
             terminal.line(f"Wrote {file}")
         terminal.line(f"Took {time.perf_counter() - start:.1f} s")
 

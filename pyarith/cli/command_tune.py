@@ -202,12 +202,12 @@ def _train(
                 resume=resume,
                 progress=_progress(terminal, bar),
             )
-        with terminal.step("Writing"):
+        title = f"{Path(str(step.run.record['model']['name'])).name}: {len(chosen.heads)} heads, {len(layers)} MLPs"
+        with terminal.step("Writing"), step.alone():
             step.add_folder("delta", lambda folder: tuner.save_delta(folder, result.made_by()))
-    step.file("losses.csv").write_text(result.losses_csv(), encoding="utf-8")
-    title = f"{Path(str(step.run.record['model']['name'])).name}: {len(chosen.heads)} heads, {len(layers)} MLPs"
-    step.add_figure("loss.png", loss_figure(result.history, title, result.steps_per_epoch))
-    files = step.finish({"result": {**result.record(), "delta": "delta"}}, {**seconds, **result.seconds})
+            step.file("losses.csv").write_text(result.losses_csv(), encoding="utf-8")
+            step.add_figure("loss.png", loss_figure(result.history, title, result.steps_per_epoch))
+            files = step.finish({"result": {**result.record(), "delta": "delta"}}, {**seconds, **result.seconds})
     place.unlink(missing_ok=True)
     terminal.line(repr(result))
     for file in files:

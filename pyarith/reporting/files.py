@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,14 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(file)
+
+
+def throw_away(folder: Path) -> None:
+    """Delete a folder that another process may be writing into: that one makes a new one then."""
+    with suppress(FileNotFoundError):
+        os.replace(folder, folder.with_name(f"{folder.name}.{secrets.token_hex(4)}"))
+    for gone in folder.parent.glob(f"{folder.name}.*"):  # also what a kill left of an earlier one
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def is_report(path: Path) -> bool:

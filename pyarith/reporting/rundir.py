@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import os
 import platform
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarith.discovery.discover import Discovery
 from pyarith.errors import InputError, check
-from pyarith.reporting.files import REPORT, file_hash, is_report, locked, settings_hash, whole, write_json
+from pyarith.reporting.files import (
+    REPORT,
+    file_hash,
+    is_report,
+    locked,
+    settings_hash,
+    throw_away,
+    whole,
+    write_json,
+)
 from pyarith.reporting.fingerprint import data_hash, model_fingerprint
 from pyarith.reporting.judgement import Judgement
 from pyarith.reporting.saved import FORMAT, RECORD
@@ -83,12 +91,8 @@ class RunDirectory:
         return self.path / _PARTS
 
     def forget_parts(self) -> None:
-        """Throw away finished blocks. Another process may be using the folder: it makes a new one then."""
-        gone = self.path / f"{_PARTS}.{secrets.token_hex(4)}"
-        with suppress(FileNotFoundError):
-            os.replace(self.parts, gone)
-        for folder in self.path.glob(f"{_PARTS}.*"):  # also what a kill left of an earlier one
-            shutil.rmtree(folder, ignore_errors=True)
+        """Throw away finished blocks."""
+        throw_away(self.parts)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Steps that follow a discovery and live in its run directory: ``knockout/``, ``analysis/``, ``tune/``.
 
 A step's files are written to a hidden folder first and moved when all are there; its record, which lists them with
-their hashes, comes last. So a step without a record, or whose files do not fit it, was not finished.
+their hashes, comes last. So a step without a record, or whose files do not fit it, was not finished. Of two processes
+that do the same step at the same time, each writes ``alone``; the last one's files stay.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarith.errors import check
-from pyarith.reporting.files import file_hash, settings_hash, whole, write_json
+from pyarith.reporting.files import file_hash, locked, settings_hash, throw_away, whole, write_json
 from pyarith.reporting.saved import SavedRun
 from pyarith.reporting.versions import versions
 
@@ -81,8 +83,14 @@ class Step:
 
     def forget_parts(self) -> None:
         """Throw away what an interrupted run left."""
-        if self.parts.is_dir():
-            shutil.rmtree(self.parts)
+        throw_away(self.parts)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process is inside this for the same step: the files are written and moved here."""
+        with locked(self.run.path / f".{self.name}.lock"):
+            self._old = self._read()  # another process may have written it meanwhile
+            yield
 
     def file(self, name: str) -> Path:
         """Where to write a file of the step, its folder made; it gets to its place with ``finish``."""

@@ -1,10 +1,11 @@
 """Compiles the Triton kernels ahead of time, as their launchers would start them at real sizes; needs no GPU.
 
-    python tests/ops/triton_variants.py 80 90 100
+    python tests/ops/triton_variants.py 90 "80:7B|fp32"
 
-prints one JSON line per variant and architecture. It needs a process of its own (the interpreter and the compiler
-exclude each other) with the Triton that is to be tried and the repository on PYTHONPATH. Block sizes, warps and stages
-come from the launchers' own `plan`, called with tensors that have shapes and strides but no memory.
+prints one JSON line per variant and architecture; behind a colon, of those variants whose name has that pattern. It
+needs a process of its own (the interpreter and the compiler exclude each other) with the Triton that is to be tried and
+the repository on PYTHONPATH. Block sizes, warps and stages come from the launchers' own `plan`, called with tensors
+that have shapes and strides but no memory.
 """
 
 from __future__ import annotations
@@ -216,7 +217,8 @@ def compiled(index: int, arch: int) -> Compiled:
 
 
 def main() -> None:
-    jobs = [(i, int(arch)) for i in range(len(list(variants()))) for arch in sys.argv[1:]]
+    asked = [(int(arch), pattern) for arch, _, pattern in (given.partition(":") for given in sys.argv[1:])]
+    jobs = [(i, arch) for i, (name, *_) in enumerate(variants()) for arch, wish in asked if re.search(wish, name)]
     with ProcessPoolExecutor(max_workers=2) as pool:
         for result in pool.map(compiled, *zip(*jobs, strict=True)):
             print(json.dumps(asdict(result)), flush=True)
