@@ -19,7 +19,8 @@ from pyarith.cli import app
 from pyarith.errors import InputError, UnsupportedModelError
 from pyarith.reporting import SavedRun, Step
 from pyarith.reporting.files import file_hash
-from pyarith.reporting.knockouts import choose, curve, ranking_of
+from pyarith.reporting.knockouts import choose, curve
+from pyarith.reporting.saved import ranking_of
 
 MODEL = Path(pa.__file__).parent / "demo" / "model"
 K = ("--k", "1,3", "--draws", 2, "--verify", 0, "--n", 16)

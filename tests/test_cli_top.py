@@ -16,6 +16,8 @@ import pyarith as pa
 from pyarith.cli import app
 from pyarith.reporting import SavedRun
 from pyarith.reporting.report import write_report
+from pyarith.reporting.saved import ranking_of
+from pyarith.reporting.tunes import choose_heads
 
 pytestmark = pytest.mark.usefixtures("loud_again")
 DEMO = Path(pa.__file__).parent / "demo" / "model"
@@ -58,6 +60,34 @@ def test_race_end_to_end(tmp_path: Path) -> None:
     assert top.guarantee in page and "as far as they were raced" in page
     again = pyarith("discover", DEMO, *OPTIONS, "--out", tmp_path / "run")
     assert again.exit_code == 0 and "Done already" in again.stdout
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "raced"
+    assert pyarith("discover", DEMO, *OPTIONS, "--out", path).exit_code == 0
+    return path
+
+
+def test_later_steps_take_the_order_of_the_race(raced: Path) -> None:
+    """Mean effects of heads that were run on different prompts are no ranking."""
+    run = SavedRun.open(raced)
+    top = run.top("+")
+    assert top is not None
+    ranking = run.ranking("+")
+    assert list(ranking[:3]) == top.heads and len(set(ranking)) == 48
+    others = [top.change[head] for head in ranking[3:]]
+    assert others == sorted(others) and ranking != ranking_of(run.effects("+"))
+    assert set(run.key_heads("+", 1.0)) == set(top.heads) and run.key_heads("+", -9.0) == []
+    assert choose_heads(run, top=5).heads == ranking[:5]
+    done = pyarith("knockout", raced, "--k", "1,2", "--draws", 1, "--n", 12, "--verify", 0)
+    assert done.exit_code == 0, done.output
+    curve = json.loads((raced / "knockout" / "knockout.json").read_text())["curves"]["+"]
+    assert curve["ranking"][:3] == list(map(str, top.heads))
+    refused = pyarith("knockout", raced, "--prompts", "report")
+    assert refused.exit_code == 2 and "prompts: expected fresh for a run with --top-k" in " ".join(
+        refused.stderr.split()
+    )
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:

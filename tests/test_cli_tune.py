@@ -26,7 +26,7 @@ from pyarith.errors import InputError
 from pyarith.plots import loss_figure
 from pyarith.reporting import SavedRun
 from pyarith.reporting.files import file_hash
-from pyarith.reporting.knockouts import ranking_of
+from pyarith.reporting.saved import ranking_of
 from pyarith.reporting.tunes import choose_heads, pooled_ranking
 from pyarith.tuning import load_examples
 
@@ -100,7 +100,7 @@ def test_tune_trains_the_top_heads_and_writes_everything(tuned):
     assert set(files(folder)) == delta | {"losses.csv", "loss.png", "tune.json"} and len(delta) == 2
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG" and not (path / ".tune.partial").exists()
     saved = SavedRun.open(path)
-    heads = pooled_ranking([saved.effects(sign) for sign in saved.signs])[:4]
+    heads = pooled([saved.effects(sign) for sign in saved.signs])[:4]
     model, tokenizer = pa.load_demo()
     problems = pa.tasks.draw_problems("/", n=48)
     result = pa.precise_sft(model, tokenizer, problems, heads, lr=2e-3, steps=4, progress=False)
@@ -120,7 +120,7 @@ def test_what_is_printed(tuned):
     path, done = tuned
     out, err = done.stdout, done.stderr
     saved = SavedRun.open(path)
-    first = pooled_ranking([saved.effects(sign) for sign in saved.signs])[0]
+    first = pooled([saved.effects(sign) for sign in saved.signs])[0]
     plus, division = (100 * saved.effects(sign)[first] for sign in "+/")
     for words in (
         "4 heads, top 4 by mean rank over + /; effects + /:",
@@ -180,15 +180,19 @@ def test_files_columns_and_rows_that_are_dropped(run, tmp_path):
 # heads
 
 
+def pooled(effects):
+    return pooled_ranking([ranking_of(one) for one in effects], effects)
+
+
 def test_pooled_ranking_by_hand():
     """Ranks on +: 0.1 0.0 1.0 1.1; on -: 1.0 0.1 0.0 1.1. Sums: 0.1 1, 1.0 2, 0.0 3, 1.1 6."""
     plus, minus = np.array([[-0.3, -0.5], [-0.1, np.nan]]), np.array([[-0.1, -0.2], [-0.4, 0.3]])
-    assert pooled_ranking([plus, minus]) == ((0, 1), (1, 0), (0, 0), (1, 1))
-    assert pooled_ranking([plus]) == ranking_of(plus) == ((0, 1), (0, 0), (1, 0), (1, 1))
+    assert pooled([plus, minus]) == ((0, 1), (1, 0), (0, 0), (1, 1))
+    assert pooled([plus]) == ranking_of(plus) == ((0, 1), (0, 0), (1, 0), (1, 1))
     lone = [np.array([[-0.9, -0.2, -0.1]]), np.array([[0.1, -0.3, -0.2]])]
-    assert pooled_ranking(lone) == ((0, 1), (0, 0), (0, 2)), "by ranks: one large effect does not decide"
+    assert pooled(lone) == ((0, 1), (0, 0), (0, 2)), "by ranks: one large effect does not decide"
     swapped = [np.array([[-0.4, -0.1]]), np.array([[-0.2, -0.3]])]
-    assert pooled_ranking(swapped) == ((0, 0), (0, 1)), "equal ranks: the stronger mean effect first"
+    assert pooled(swapped) == ((0, 0), (0, 1)), "equal ranks: the stronger mean effect first"
 
 
 def test_heads_by_operator_by_name_and_from_a_file(discovered, tmp_path):

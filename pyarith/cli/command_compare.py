@@ -55,7 +55,6 @@ def compare(
         from pyarith.plots import frontier_figure
         from pyarith.reporting import SavedRun, Step
         from pyarith.reporting import comparisons as made
-        from pyarith.reporting.knockouts import ranking_of
         from pyarith.reporting.tables import write_csv
         from pyarith.tuning.compare import compare as run_all
         from pyarith.tuning.settings import TuneSettings
@@ -71,7 +70,7 @@ def compare(
         if step.finished and not force:
             done_already(terminal, step)
             return
-        ranking = ranking_of(run.effects(operator))
+        ranking = run.ranking(operator)
         loaded, tokenizer = model_of(terminal, run, model=model, device=device, trust_remote_code=trust_remote_code)
         retention = keep or made.usual_retention(tokenizer, operator)
         with terminal.step("Dividing prompts"):

@@ -16,7 +16,7 @@ from pyarith.engine.sweep import ablation_sweep
 from pyarith.errors import AlignmentError, InputError, check
 from pyarith.models.sites import resolve
 from pyarith.prompts import PromptPairs
-from pyarith.reporting.saved import SavedRun
+from pyarith.reporting.saved import SavedRun, ranking_of
 from pyarith.types import Head
 
 BASELINES = ("mean", "zero", "resample", "mean-per-position")
@@ -41,12 +41,6 @@ class Chosen:
     words: str
 
 
-def ranking_of(effects: np.ndarray) -> tuple[Head, ...]:
-    """All heads, most negative effect first; NaN counts as no effect."""
-    order = np.nan_to_num(effects, nan=0.0).ravel().argsort(kind="stable")
-    return tuple(Head(*map(int, np.unravel_index(i, effects.shape))) for i in order)
-
-
 def choose(run: SavedRun, tokenizer: Any, sign: str, kind: str, n: int | None, seed: int) -> Chosen:
     """Prompts that did not rank the heads.
 
@@ -58,7 +52,7 @@ def choose(run: SavedRun, tokenizer: Any, sign: str, kind: str, n: int | None, s
         n: how many fresh prompts; None = as many as the run has.
         seed: of the draw or the division.
     Raises:
-        InputError: no prompt is left, or ``n`` was given with "report".
+        InputError: no prompt is left; ``n`` was given with "report"; "report" of a run with ``top_k``.
     """
     check(kind in PROMPTS, f"prompts: expected one of {', '.join(PROMPTS)}, got {kind!r}")
     return _report(run, tokenizer, sign, n, seed) if kind == "report" else _fresh(run, tokenizer, sign, n, seed)
@@ -89,11 +83,16 @@ def _fresh(run: SavedRun, tokenizer: Any, sign: str, n: int | None, seed: int) -
         f"{last} prompts drawn with seed {seed}, {last - len(kept)} of them the run's own and left out, {len(kept)} "
         f"used{fewer}; {shared} of these have an operand pair of the run in another template"
     )
-    return Chosen(pairs, ranking_of(run.effects(sign)), counts, words)
+    return Chosen(pairs, run.ranking(sign), counts, words)
 
 
 def _report(run: SavedRun, tokenizer: Any, sign: str, n: int | None, seed: int) -> Chosen:
     check(n is None, "n: expected none with --prompts report, which takes half of the run's prompts")
+    check(
+        run.top(sign) is None,
+        f"prompts: expected fresh for a run with --top-k, got report: the heads of {sign} were run on different "
+        "prompts, so a half of them has no ranking",
+    )
     pairs = run.pairs(tokenizer, sign)
     select, report = stats.select_report(pairs, seed=seed)
     result = run.results[sign]

@@ -25,6 +25,12 @@ _KINDS = ("discover", "demo")
 _DRAWN = ("operator", "corruption", "n", "seed", "styles", "operands")  # what the prompts of a run are drawn by
 
 
+def ranking_of(effects: np.ndarray) -> tuple[Head, ...]:
+    """All heads, most negative effect first; NaN counts as no effect."""
+    order = np.nan_to_num(effects, nan=0.0).ravel().argsort(kind="stable")
+    return tuple(Head(*map(int, np.unravel_index(i, effects.shape))) for i in order)
+
+
 @dataclass(frozen=True)
 class SavedRun:
     """What ``run.json`` says, and the results beside it.
@@ -140,9 +146,18 @@ class SavedRun:
         return None if record is None else TopHeads.from_record(record)
 
     def key_heads(self, sign: str, threshold: float) -> list[Head]:
-        """Heads below ``threshold``, strongest first."""
+        """Heads below ``threshold``, strongest first; of a run with ``top_k`` those of its top k."""
         self.effects(sign)
-        return self.results[sign].key_heads(threshold)
+        top, below = self.top(sign), self.results[sign].key_heads(threshold)
+        return below if top is None else [head for head in top.heads if head in below]
+
+    def ranking(self, sign: str) -> tuple[Head, ...]:
+        """All heads, most negative effect first; of a run with ``top_k`` its top k first, each part by the mean change
+        of the answer's logit that the race found."""
+        top = self.top(sign)
+        if top is None:
+            return ranking_of(self.effects(sign))
+        return (*top.heads, *(head for head in ranking_of(top.change) if head not in top.heads))
 
     def same_model(self, model: Any) -> None:
         """Refuse a model that is not the run's.

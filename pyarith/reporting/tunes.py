@@ -14,7 +14,6 @@ from pyarith import tasks
 from pyarith.errors import check
 from pyarith.evaluation.heads import HeadList, load_heads
 from pyarith.reporting.files import file_hash
-from pyarith.reporting.knockouts import ranking_of
 from pyarith.reporting.saved import SavedRun
 from pyarith.rows import SUFFIXES
 from pyarith.tasks.tables import ALIASES
@@ -78,7 +77,7 @@ def choose_heads(
     if top is not None:
         most = int(np.prod(shape))
         check(top <= most, f"heads: expected at most the {most} heads of the model, got {top}")
-        chosen = pooled_ranking([effects[sign] for sign in signs])[:top]
+        chosen = pooled_ranking([run.ranking(sign) for sign in signs], [effects[sign] for sign in signs])[:top]
         words = (
             f"top {top} by effect on {signs[0]}"
             if len(signs) == 1
@@ -104,14 +103,14 @@ def choose_heads(
     return ChosenHeads(chosen, words, own)
 
 
-def pooled_ranking(effects: Sequence[np.ndarray]) -> tuple[Head, ...]:
-    """All heads by the mean, over operators, of their place in the ranking by effect, most negative first.
+def pooled_ranking(rankings: Sequence[Sequence[Head]], effects: Sequence[np.ndarray]) -> tuple[Head, ...]:
+    """All heads by the mean, over operators, of their place in the operator's ranking.
 
     Equal means are ordered by the mean effect. With one operator this is its own ranking.
     """
     places: dict[Head, list[int]] = {}
-    for one in effects:
-        for place, head in enumerate(ranking_of(one)):
+    for ranking in rankings:
+        for place, head in enumerate(ranking):
             places.setdefault(head, []).append(place)
     means = {head: float(np.mean([np.nan_to_num(one[head]) for one in effects])) for head in places}
     return tuple(sorted(places, key=lambda head: (sum(places[head]), means[head], head)))

@@ -16,7 +16,7 @@ from pyarith.discovery.discover import Discovery, discover
 from pyarith.models.sites import resolve
 from pyarith.prompts import PromptPairs
 from pyarith.reporting.fingerprint import model_fingerprint
-from pyarith.reporting.knockouts import ranking_of
+from pyarith.reporting.saved import ranking_of
 from pyarith.types import Head
 
 SIGNS = ("+", "-", "*", "/")

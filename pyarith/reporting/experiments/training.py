@@ -10,7 +10,7 @@ from pyarith.reporting import comparisons
 from pyarith.reporting.experiments import words
 from pyarith.reporting.experiments.registry import Results
 from pyarith.reporting.experiments.subject import Subject, mean_effects, relative_effects
-from pyarith.reporting.knockouts import ranking_of
+from pyarith.reporting.saved import ranking_of
 from pyarith.tuning.arms import Arm
 from pyarith.tuning.compare import compare
 from pyarith.tuning.settings import TuneSettings

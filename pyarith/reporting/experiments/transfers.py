@@ -11,7 +11,7 @@ from pyarith import evaluation
 from pyarith.reporting.experiments import words
 from pyarith.reporting.experiments.registry import Results
 from pyarith.reporting.experiments.subject import SIGNS, Subject
-from pyarith.reporting.knockouts import ranking_of
+from pyarith.reporting.saved import ranking_of
 from pyarith.types import Head
 
 MEAN = "all four"
