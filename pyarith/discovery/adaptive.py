@@ -97,7 +97,7 @@ class TopHeads:
         return (
             f"with confidence {self.confidence:.4g}, every decision is right{near}, over all heads and all looks "
             f"together, for the mean change of the answer's logit over {self.cluster}s like these{where}; asymptotic "
-            f"in the number of {self.cluster}s; {open_}"
+            f"in the number of {self.cluster}s, so that a head that acts on very few of them may be missed; {open_}"
         )
 
     def record(self) -> dict[str, Any]:
