@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import struct
@@ -21,6 +22,7 @@ from pyarith.demo import MODEL_DIR
 from pyarith.engine import planner
 from pyarith.engine.store import circumstances
 from pyarith.errors import InputError, UnsupportedModelError
+from pyarith.models import streaming
 from pyarith.models.checkpoint import Checkpoint
 from pyarith.models.fingerprint import model_fingerprint
 from pyarith.models.sites import resolve
@@ -52,6 +54,10 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several forward passes in every block, so that each layer runs for more than one group."""
     monkeypatch.setattr(planner, "_MAX_TOKENS", {"cpu": 16})
     monkeypatch.setattr(planner, "_MAX_PREFIXED_TOKENS", {"cpu": 4})
+    # the vocabulary of 97 in several chunks, in the op and where the unembedding stays in its file
+    for name, size in (("_LEAST_TOKENS", 8), ("_MOST_TOKENS", 40)):
+        monkeypatch.setattr(importlib.import_module("pyarith.ops.vocab_logsumexp"), name, size)
+    monkeypatch.setattr(streaming, "_CHUNK", 32 * 20)
 
 
 def same(found: pa.PatchResult, expected: pa.PatchResult) -> None:
@@ -72,6 +78,10 @@ def test_equals_the_model_in_memory(name: str, dtype: Any, tmp_path: Path, small
     assert np.abs(expected.head_logits - expected.clean_logits).max() > 1e-2
     same(pa.fast_patch(streamed, **given, **options), expected)
     assert isinstance(streamed.pyarith_stream, BufferedStream) == (dtype is not None)
+    # rows of both are gathered from the file: neither is held whole
+    tables = (streamed.get_input_embeddings().weight, streamed.get_output_embeddings().weight)
+    starts = {tensor.data_ptr() for tensor in streamed.pyarith_stream.checkpoint.tensors.values()}
+    assert all(table.dtype == torch.float32 and table.data_ptr() in starts for table in tables)
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])

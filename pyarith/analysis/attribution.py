@@ -167,7 +167,7 @@ class _Splitter:
     def __call__(self, states: dict[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
         """The parts of a block of prompts, in row dtype."""
         wide = self.sites.row_dtype
-        unembed = self.unembed.matrix.t()[answers].to(wide) * self.sites.logit_scale  # [batch, d_model]
+        unembed = self.unembed.rows(answers).to(wide) * self.sites.logit_scale  # [batch, d_model]
         direction = _direction(self.final, states["post"][-1].to(wide), unembed)
         bias = unembed.new_zeros(len(unembed))
         if self.final.bias is not None:

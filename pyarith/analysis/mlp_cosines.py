@@ -154,9 +154,9 @@ def mlp_cosines(
     targets = torch.cat([ids, given.need_answers()[:, None]], 1)
     out = np.zeros((3, sites.n_layers, len(given)), np.float64 if sites.row_dtype == torch.float64 else np.float32)
     with guard.untouched(sites.model):
-        unembed = read_unembed(sites).matrix.t()
+        unembed = read_unembed(sites)
         for indices, states in end_states(sites, given, ("mlp_in", "mlp_write"), tokens):
-            rows = unembed[targets[indices].to(sites.device)].to(sites.row_dtype)  # [batch, 3, d_model]
+            rows = unembed.rows(targets[indices]).to(sites.row_dtype)  # [batch, 3, d_model]
             mlp_in, write = (states[name].to(sites.row_dtype) for name in ("mlp_in", "mlp_write"))
             for number, vector in enumerate((mlp_in, mlp_in, write)):
                 out[number][:, indices.numpy()] = host(_cosine(vector, rows[:, number]))

@@ -22,7 +22,6 @@ from pyarith.engine.replay import Replay
 from pyarith.errors import InputError, MemoryBudgetError, check
 from pyarith.models.quantised import n_parameters, scratch_bytes
 from pyarith.models.sites import ModelSites
-from pyarith.ops import vocab_scratch_bytes
 
 # Larger blocks stop paying off here: GEMMs are on their plateau and intermediates leave the cache (bench/NOTES.md).
 _MAX_PROMPTS = 128
@@ -186,7 +185,7 @@ class Planner:
         block = max(plan.rows, plan.prompts)
         post = 2 * (self.sites.n_heads + 1) * plan.prompts * self.sites.d_model * self.sites.row_dtype.itemsize
         read = max(2 * plan.prompts, block if self.replay.log_probs else 0)
-        vocabulary = vocab_scratch_bytes(read, self.replay.unembed.matrix.t(), self.sites.row_dtype)
+        vocabulary = self.replay.unembed.scratch_bytes(read, self.sites.row_dtype)
         replayed = rows * self.replay.bytes_per_row() + post
         replayed += max(block * self.replay.bytes_per_work_row(), vocabulary)
         tokens = plan.prompts * int(self.pair.max())

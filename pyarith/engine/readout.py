@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from pyarith import ops
 from pyarith.errors import UnsupportedModelError
 from pyarith.models.sites import ModelSites
-from pyarith.models.weights import NormWeights, Projection, fetch_projection, read_norm
+from pyarith.models.weights import NormWeights, fetch_projection, read_norm
+from pyarith.ops.vocab_logsumexp import chunk_tokens
+from pyarith.ops.vocab_logsumexp import scratch_bytes as vocab_scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,55 @@ def split_norm(
         norm(rows[cut:b], None, None, out[cut - a :])
 
 
-def read_unembed(sites: ModelSites) -> Projection:
-    """The unembedding as [d_model, d_vocab].
+@dataclass(frozen=True)
+class Unembedding:
+    """The unembedding; where it lies in a file, rows and chunks of it are brought to the device as they are needed.
+
+    Attributes:
+        weight: [d_vocab, d_model], wherever and in whatever dtype it is kept.
+        bias: [d_vocab] on ``device``, or None.
+        device, dtype: where and in what the model computes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def apart(self) -> bool:
+        """Whether the weight is kept somewhere else, or in another dtype."""
+        return self.weight.device != self.device or self.weight.dtype != self.dtype
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """[..., d_model] of tokens [...]."""
+        return self.weight[tokens.to(self.weight.device)].to(self.device, self.dtype)
+
+    def log_sum_exp(self, normed: Tensor, scale: float, softcap: float, backend: str) -> Tensor:
+        """``ops.vocab_logsumexp`` of normed [rows, d_model]; chunks as those of the plain implementation, whose numbers
+        they give."""
+        bias = None if self.bias is None else self.bias * scale
+        how: Any = {"scale": scale, "softcap": softcap, "backend": backend}
+        if not self.apart:
+            return ops.vocab_logsumexp(normed, self.weight, bias, **how)
+        total, step = None, chunk_tokens(*normed.shape)
+        for start in range(0, len(self.weight), step):
+            part = slice(start, start + step)
+            weight = self.weight[part].to(self.device, self.dtype)
+            found = ops.vocab_logsumexp(normed, weight, None if bias is None else bias[part], **how)
+            total = found if total is None else torch.logaddexp(total, found)
+        assert total is not None
+        return total
+
+    def scratch_bytes(self, rows: int, wide: torch.dtype) -> int:
+        """What ``log_sum_exp`` holds at most."""
+        d_vocab, d_model = self.weight.shape
+        copied = min(chunk_tokens(rows, d_model), d_vocab) * d_model * self.dtype.itemsize if self.apart else 0
+        return copied + vocab_scratch_bytes(rows, d_vocab, d_model, self.dtype, wide)
+
+
+def read_unembed(sites: ModelSites) -> Unembedding:
+    """The unembedding of a model.
 
     Raises:
         UnsupportedModelError: it is not a plain linear layer.
@@ -77,15 +127,17 @@ def read_unembed(sites: ModelSites) -> Projection:
             f"model: family {sites.spec.name!r}: expected {sites.spec.unembed} to be a plain nn.Linear without hooks "
             f"or parametrisations, found {type(sites.unembed).__name__}"
         )
-    return projection
+    return Unembedding(projection.matrix.t(), projection.bias, sites.device, sites.dtype)
 
 
 class Readout:
     """Final norm and unembedding rows for the targets of a block of prompts (int64 [batch, target])."""
 
-    def __init__(self, sites: ModelSites, final_norm: Norm, unembed: Projection, targets: Tensor, backend: str) -> None:
+    def __init__(
+        self, sites: ModelSites, final_norm: Norm, unembed: Unembedding, targets: Tensor, backend: str
+    ) -> None:
         self.sites, self.norm, self.unembed, self.backend = sites, final_norm, unembed, backend
-        self.rows = unembed.matrix.t()[targets]  # [batch, target, d_model]
+        self.rows = unembed.rows(targets)  # [batch, target, d_model]
         self.bias = None if unembed.bias is None else unembed.bias[targets]
 
     def read(
@@ -137,13 +189,5 @@ class Readout:
 
     def log_sum_exp(self, hidden: Tensor) -> Tensor:
         """Log-sum-exp over the vocabulary: [..., d_model] -> [...]; no [..., d_vocab] is held."""
-        bias, scale = self.unembed.bias, self.sites.logit_scale
-        flat = ops.vocab_logsumexp(
-            hidden.flatten(0, -2),
-            self.unembed.matrix.t(),
-            None if bias is None else bias * scale,
-            scale=scale,
-            softcap=self.sites.softcap,
-            backend=self.backend,
-        )
+        flat = self.unembed.log_sum_exp(hidden.flatten(0, -2), self.sites.logit_scale, self.sites.softcap, self.backend)
         return flat.view(hidden.shape[:-1])

@@ -160,6 +160,6 @@ class Collector:
         unembed = self.replay.unembed
         found = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         for a, b in split(len(hidden), _VOCAB_ROWS):
-            logits = hidden[a:b] @ unembed.matrix
+            logits = hidden[a:b] @ unembed.weight.t()
             found[a:b] = (logits if unembed.bias is None else logits + unembed.bias).argmax(-1)
         return found

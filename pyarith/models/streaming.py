@@ -3,7 +3,8 @@
 On a CPU, in the dtype of the file, parameters are read-only views of the memory-mapped checkpoint. On another device,
 or in another dtype, the layers share two buffers in turn: even layers live in one, odd layers in the other, and a
 background thread fills one while the model computes from the other. (In parallel blocks the heads of one layer and the
-MLP of the next are needed at once: there are three buffers.)
+MLP of the next are needed at once: there are three buffers.) Embedding and unembedding stay in the file then, too:
+their rows are gathered, and what needs all of the unembedding takes it in chunks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pyarith.models.spec import FamilySpec
 
 _ALIGNMENT = 256  # bytes between tensors in a buffer are rounded up to this: what GEMMs like
 _SHOWN = 4
+_CHUNK = 2**21  # numbers of the unembedding that are brought to the device at a time
 
 
 class LayerStream:
@@ -171,6 +173,18 @@ class BufferedStream(LayerStream):
         return {name: source for names, sources in rows for name, source in zip(names, sources, strict=True)}
 
 
+class ChunkedLinear(nn.Linear):
+    """A linear layer whose weight stays where and as it is; it comes to its input's device and dtype in chunks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        step = max(1, _CHUNK // self.in_features)
+        for start in range(0, self.out_features, step):
+            part = slice(start, start + step)
+            out[..., part] = x @ self.weight[part].to(x.device, x.dtype).t()
+        return out if self.bias is None else out.add_(self.bias)
+
+
 class _Ready:
     """The hook before a block."""
 
@@ -193,8 +207,9 @@ def stream_checkpoint(
 
     ``fast_patch`` and ``discover`` run on it layer by layer, each layer's weights once per block of prompts. On a CPU
     in the file's own dtype the process owns no weights at all: parameters are read-only views of the files (writing to
-    one ends the process), the system keeps in memory what fits. Otherwise two layers, the unembedding and the norms
-    are held on ``device`` in ``dtype``, embedding rows are gathered from the file.
+    one ends the process), the system keeps in memory what fits. Otherwise two layers and the norms are held on
+    ``device`` in ``dtype``; embedding and unembedding rows are gathered from the file, all of the unembedding only in
+    chunks.
 
     Args:
         folder: of a Hugging Face model in safetensors, sharded or not; for a hub name fetch it first.
@@ -323,19 +338,18 @@ def _refuse_copies(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _place_rest(model: Any, unembed: Any, sources: dict[str, Tensor], stream: BufferedStream) -> None:
-    """Norms, unembedding and buffers go to the device; embedding rows are looked up in the file."""
+    """Norms and buffers go to the device; rows of embedding and unembedding are looked up in the file."""
     embedding = model.get_input_embeddings()
-    gathered = embedding.weight is not unembed.weight
+    unembed.__class__ = ChunkedLinear
     for name, parameter in model.named_parameters():
         if name in stream.sources:
             continue
-        own = gathered and parameter is embedding.weight
-        parameter.data = sources[name] if own else sources[name].to(stream.device, stream.dtype, copy=True)
+        stays = parameter is embedding.weight or parameter is unembed.weight
+        parameter.data = sources[name] if stays else sources[name].to(stream.device, stream.dtype, copy=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(stream.device)
-    if gathered:
-        stream.hooks |= _gather_rows(embedding, stream)
+    stream.hooks |= _gather_rows(embedding, stream)
 
 
 def _gather_rows(embedding: nn.Embedding, stream: BufferedStream) -> set[int]:
@@ -343,6 +357,7 @@ def _gather_rows(embedding: nn.Embedding, stream: BufferedStream) -> set[int]:
     source, padding = embedding.weight.data, embedding.padding_idx
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        # where the unembedding is the same parameter, it has it back before it is called
         wanted, places = args[0].cpu().unique(return_inverse=True)
         embedding.weight.data = source[wanted].to(stream.device, stream.dtype)
         embedding.padding_idx = None  # would be looked for in the small table; it matters for gradients only

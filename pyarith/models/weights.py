@@ -18,6 +18,7 @@ from pyarith.models.adapters import adapter_delta, base_layer, is_adapted
 from pyarith.models.placement import is_offloaded, own_forward, weight_of
 from pyarith.models.quantised import dense_weight, kind_of
 from pyarith.models.sites import ModelSites
+from pyarith.models.streaming import ChunkedLinear
 
 # what the activation modules of transformers compute
 _ACTS = {
@@ -109,7 +110,7 @@ def adds_bias_apart(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, Conv1D and FalconLinear themselves, with their class's own forward; hooks around it do not
     matter."""
-    known = type(module) is nn.Linear or takes_in_first(module) or adds_bias_apart(module)
+    known = type(module) in (nn.Linear, ChunkedLinear) or takes_in_first(module) or adds_bias_apart(module)
     own = own_forward(module) and not hasattr(module, "parametrizations")
     return known and own and kind_of(module) is None  # torchao quantises the weight and leaves the class
 

@@ -22,20 +22,19 @@ from pyarith.ops.answer_logits import softcapped
 Tensor = torch.Tensor
 
 _ELEMENTS = 2**24  # logits, and weights widened for them, that are held at a time
-_MOST_TOKENS = 8192
+_MOST_TOKENS = 2048
 _LEAST_TOKENS = 256
 
 
-def _chunk(rows: int, d_model: int) -> int:
+def chunk_tokens(rows: int, d_model: int) -> int:
     """Tokens at a time of the plain implementation."""
     return max(_LEAST_TOKENS, min(_MOST_TOKENS, _ELEMENTS // max(rows, d_model, 1)))
 
 
-def scratch_bytes(rows: int, unembed: Tensor, wide: torch.dtype) -> int:
+def scratch_bytes(rows: int, d_vocab: int, d_model: int, dtype: torch.dtype, wide: torch.dtype) -> int:
     """What the plain implementation holds at most: logits and two results of theirs, and a chunk of widened weights."""
-    d_vocab, d_model = unembed.shape
-    widened = 0 if unembed.dtype is wide else d_model
-    return min(_chunk(rows, d_model), d_vocab) * (3 * rows + widened) * wide.itemsize
+    widened = 0 if dtype is wide else d_model
+    return min(chunk_tokens(rows, d_model), d_vocab) * (3 * rows + widened) * wide.itemsize
 
 
 def _check(
@@ -62,7 +61,7 @@ def _check(
 def reference(normed: Tensor, unembed: Tensor, bias: Tensor | None, out: Tensor, scale: float, softcap: float) -> None:
     """The meaning of the op in plain PyTorch, chunk by chunk: vendor products in the dtype of ``out``."""
     rows = normed.to(out.dtype)
-    chunk = _chunk(*normed.shape)
+    chunk = chunk_tokens(*normed.shape)
     out.fill_(-torch.inf)
     for start in range(0, unembed.shape[0], chunk):
         logits = scale * (rows @ unembed[start : start + chunk].to(out.dtype).T)

@@ -22,7 +22,7 @@ def plain_logsumexp(dtype, normed, unembed, bias, scale, softcap):
 @pytest.mark.parametrize("chunk", (1, 7, 100, 101, 8192))
 def test_vocab_logsumexp(dtype, chunk, monkeypatch):
     # by name of the module: the package's attribute of that name is the function
-    monkeypatch.setattr(sys.modules["pyarith.ops.vocab_logsumexp"], "_chunk", lambda rows, d_model: chunk)
+    monkeypatch.setattr(sys.modules["pyarith.ops.vocab_logsumexp"], "chunk_tokens", lambda rows, d_model: chunk)
     normed, unembed, bias = make(5, 17, dtype=dtype), make(101, 17, dtype=dtype), make(101)
     out = ops.vocab_logsumexp(normed, unembed, bias, scale=0.5, softcap=20.0)
     oracle = plain_logsumexp(torch.float64, normed, unembed, bias, 0.5, 20.0)
