@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyarith as pa
 from pyarith.engine import capture, oracle, planner, run
@@ -96,6 +98,22 @@ def test_forecast_counts_what_the_model_does(model: torch.nn.Module) -> None:
 
 
 # layouts
+
+
+def test_the_rate_is_that_of_a_linear_layer() -> None:
+    """Rows times a transposed weight: other layouts can be far slower in 16 bits, and the forecast with them."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                seen.append([tensor.stride() for tensor in args])
+            return func(*args, **(kwargs or {}))
+
+    planner.gemm_rate.cache_clear()
+    with Products():
+        assert planner.gemm_rate(torch.device("cpu"), torch.float64) > 0
+    assert seen and all(x == (1024, 1) and weight == (1, 1024) for x, weight in seen)
 
 
 def test_tree_mask_is_two_causal_prompts(model: torch.nn.Module) -> None:
