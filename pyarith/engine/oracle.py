@@ -118,7 +118,9 @@ def attach(sites: ModelSites, replay: Replay, batch: Batch) -> None:
     scale = float(own.abs().max().clamp_min(1.0))
     readout = Readout(sites, replay.final_norm, replay.unembed, targets, replay.backend)
     _compare(sites, "final norm and unembedding", readout.of_hidden(forward.clean_hidden)[0], own, scale, elsewhere)
-    checker = Replay(sites, replay.backend, heads=True, mlps=True, frozen=False, log_probs=False)
+    # one head a layer: identity rows are what is compared
+    heads = ((0,),) * sites.n_layers
+    checker = Replay(sites, replay.backend, heads=heads, mlps=True, frozen=False, log_probs=False)
     logits = checker.run(forward, targets, row_block=checker.n_variants).logits
     for j, entry in enumerate(checker.entries):
         if entry is not None:

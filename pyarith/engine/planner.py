@@ -126,8 +126,8 @@ def default_budget(device: torch.device, free: int | None = None) -> int:
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a GEMM, measured once per device and dtype (some ten milliseconds).
 
-    As a linear layer runs it, rows times a transposed weight: in 16 bits on a CPU without instructions for them a product
-    of two matrices as they lie is ten times slower.
+    As a linear layer runs it, rows times a transposed weight: in 16 bits on a CPU without instructions for them a
+    product of two matrices as they lie is ten times slower.
     """
     rows, n = (4096, 4096) if device.type == "cuda" else (512, 1024)
     # nothing random: that would change the state of the generator
