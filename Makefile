@@ -25,4 +25,5 @@ format:
 
 bench:
 	$(PYTHON) bench/bench_discovery.py
+	$(PYTHON) bench/bench_streaming.py
 	for op in add_norm gated_act answer_logits head_write_rows slice_grad masked_adamw; do $(PYTHON) bench/bench_$$op.py || exit 1; done

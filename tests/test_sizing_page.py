@@ -30,13 +30,23 @@ def test_measured_figures_are_those_of_the_record_and_marked(sizing):
     from pyarith.reporting.profiles import amount, duration
 
     rows = sizing.records()
-    bold = [line for line in PAGE.splitlines() if line.startswith("| ") and "**" in line]
+    bold = [line for line in PAGE.split("<!-- streamed")[0].splitlines() if line.startswith("| ") and "**" in line]
     assert [line.split(" | ")[0].removeprefix("| ") for line in bold] == list(sizing.MEASURED)
     for line, case in zip(bold, sizing.MEASURED, strict=True):
         row = rows[case, "fast_patch"]
         assert not row["quick"] and not row["dirty"]
         assert f"**{duration(row['seconds']['median'])}**" in line
         assert f"**{amount(row['peak_private_bytes'])}**" in line
+
+
+def test_the_streamed_search_stayed_below_the_weights(sizing):
+    """A quarter of the model was the limit; the record is of a clean tree and a whole run."""
+    rows = [row for (case, _), row in sizing.records(sizing.STREAMED).items() if case == "streaming llama2_7b"]
+    assert rows
+    for row in rows:
+        extra = row["extra"]
+        assert not row["quick"] and not row["dirty"] and row["check"]["error"] <= row["check"]["bound"]
+        assert row["peak_private_bytes"] <= extra["private_limit_bytes"] <= extra["weight_bytes"] / 4
 
 
 def test_the_formulas_of_the_page_are_the_planners(sizing):
