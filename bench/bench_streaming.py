@@ -199,7 +199,7 @@ def search_limited(folder: Path, workload: Workload, at_least: int, dtype: torch
             "weight_bytes": weights,
             "private_limit_bytes": limit,
             "resident_peak_bytes": memory.resident_bytes,
-            "settings": result.settings,
+            "settings": {**result.settings, "model": folder.name},  # where it lies is no part of a record
         },
     }
 
