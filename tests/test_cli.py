@@ -194,6 +194,9 @@ def test_a_wrong_path_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     refused(pyarith("discover", tmp_path / "file"), "expected a folder or a hub name, got the file")
     refused(pyarith("discover", tmp_path), "expected a folder with config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(pyarith("discover", tmp_path), "with an adapter of PEFT alone")
+    (tmp_path / "adapter_config.json").unlink()
     refused(pyarith("discover", "a/b/c"), "no hub name")
 
 
