@@ -173,8 +173,8 @@ def _find(name: str, revision: str | None, note: Callable[[str], None]) -> tuple
         known = (folder / "config.json").is_file()
         check(
             known or not (folder / "adapter_config.json").is_file(),
-            f"MODEL: expected a model, got {name!r} with an adapter of PEFT alone; save its base with the adapter merged "
-            "(merge_and_unload), or give the PeftModel to pa.discover in Python",
+            f"MODEL: expected a model, got {name!r} with an adapter of PEFT alone; save its base with the adapter "
+            "merged (merge_and_unload), or give the PeftModel to pa.discover in Python",
         )
         check(known, f"MODEL: expected a folder with config.json, got {name!r} without one")
         return str(folder), True, None
