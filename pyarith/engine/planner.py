@@ -127,7 +127,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a GEMM, measured once per device and dtype (some ten milliseconds).
 
     As a linear layer runs it, rows times a transposed weight: in 16 bits on a CPU without instructions for them a
-    product of two matrices as they lie is ten times slower.
+    product of two matrices as they lie is far slower (bench/NOTES.md, weights that stay in their files).
     """
     rows, n = (4096, 4096) if device.type == "cuda" else (512, 1024)
     # nothing random: that would change the state of the generator

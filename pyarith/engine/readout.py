@@ -13,8 +13,6 @@ from pyarith import ops
 from pyarith.errors import UnsupportedModelError
 from pyarith.models.sites import ModelSites
 from pyarith.models.weights import NormWeights, fetch_projection, read_norm
-from pyarith.ops.vocab_logsumexp import chunk_tokens
-from pyarith.ops.vocab_logsumexp import scratch_bytes as vocab_scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Unembedding:
         how: Any = {"scale": scale, "softcap": softcap, "backend": backend}
         if not self.apart:
             return ops.vocab_logsumexp(normed, self.weight, bias, **how)
-        total, step = None, chunk_tokens(*normed.shape)
+        total, step = None, ops.vocab_chunk_tokens(*normed.shape)
         for start in range(0, len(self.weight), step):
             part = slice(start, start + step)
             weight = self.weight[part].to(self.device, self.dtype)
@@ -111,8 +109,10 @@ class Unembedding:
     def scratch_bytes(self, rows: int, wide: torch.dtype) -> int:
         """What ``log_sum_exp`` holds at most."""
         d_vocab, d_model = self.weight.shape
-        copied = min(chunk_tokens(rows, d_model), d_vocab) * d_model * self.dtype.itemsize if self.apart else 0
-        return copied + vocab_scratch_bytes(rows, d_vocab, d_model, self.dtype, wide)
+        copied = (
+            min(ops.vocab_chunk_tokens(rows, d_model), d_vocab) * d_model * self.dtype.itemsize if self.apart else 0
+        )
+        return copied + ops.vocab_scratch_bytes(rows, d_vocab, d_model, self.dtype, wide)
 
 
 def read_unembed(sites: ModelSites) -> Unembedding:

@@ -14,6 +14,7 @@ from pyarith.ops.head_write_rows import head_write_rows
 from pyarith.ops.masked_adamw import masked_adamw
 from pyarith.ops.shared_prefix_attention import shared_prefix_attention
 from pyarith.ops.slice_grad import slice_grad
+from pyarith.ops.vocab_logsumexp import chunk_tokens as vocab_chunk_tokens
 from pyarith.ops.vocab_logsumexp import scratch_bytes as vocab_scratch_bytes
 from pyarith.ops.vocab_logsumexp import vocab_logsumexp
 
@@ -32,6 +33,7 @@ __all__ = [
     "report",
     "shared_prefix_attention",
     "slice_grad",
+    "vocab_chunk_tokens",
     "vocab_logsumexp",
     "vocab_scratch_bytes",
     "why_not",
